@@ -1,0 +1,136 @@
+"""Files that are whole or absent, and names for what was computed.
+
+Everything is written to a temporary name beside its place and renamed; a step's manifest is written last, so that what
+has a manifest is whole. Fingerprints cover settings, inputs, model, seed and code, never workers or machines.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import clifflab
+from clifflab.errors import InputError, OutputError
+
+# Folders whose code decides results; the command line, runtimes and reports do not.
+_RESULT_CODE = ("data", "engines", "models", "organism", "science", "stages", "text")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pyarrow", "ray", "peft")
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data in canonical JSON."""
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def canonical_json(data: Any) -> str:
+    """JSON with sorted keys and no white space; NaN is refused."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """Version of clifflab with a hash of the code that decides results."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in _RESULT_CODE:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    digest.update((root / "tables.py").read_bytes())
+    return f"{clifflab.__version__}+{digest.hexdigest()[:12]}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file, then put it in place.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written; the old file, if any, is untouched.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(scratch)
+        with scratch.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda scratch: scratch.write_bytes(text.encode()))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write readable JSON atomically."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_parquet(path: Path, table: Any) -> None:
+    """Write an Arrow table atomically."""
+    import pyarrow.parquet as pq
+
+    write_atomic(path, lambda scratch: pq.write_table(table, scratch, compression="zstd"))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], meta: Mapping[str, str]) -> None:
+    """Write tensors with text metadata atomically."""
+    from safetensors.torch import save_file
+
+    write_atomic(path, lambda scratch: save_file(dict(tensors), str(scratch), metadata=dict(meta)))
+
+
+def read_parquet(path: Path) -> Any:
+    """Read a table that clifflab wrote.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, memory_map=False)
+    except FileNotFoundError:
+        raise InputError("output", path, "is missing", "delete the study's folder, or run it again elsewhere") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError("output", path, f"is damaged ({error})", "delete this file and run again") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ``None`` where the file is absent or damaged (a manifest cut short marks nothing whole)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """An operating system's refusal to write, as one line with a remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError("output", path, "no space left on the disk", "make space and run again: it continues")
+    return OutputError("output", path, f"cannot be written ({error.strerror or error})", "choose a writable --out")

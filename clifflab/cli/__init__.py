@@ -1,0 +1,62 @@
+"""The command line: parses, calls, prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from clifflab import __version__
+from clifflab.errors import ClifflabError
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, or when the help needs their one line.
+
+    The short helps are kept here, so that ``--help`` imports nothing.
+    """
+
+    commands_of = {
+        "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs."""
+        return list(self.commands_of)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        import importlib
+
+        if cmd_name not in self.commands_of:
+            return None
+        module = importlib.import_module(self.commands_of[cmd_name][0])
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.commands_of.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="clifflab")
+def cli() -> None:
+    """Find, explain and repair the refusal cliff of reasoning models."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and its exit code; a bug keeps its traceback."""
+    try:
+        cli(standalone_mode=False)
+    except ClifflabError as error:
+        click.echo(f"clifflab: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("clifflab: stopped; the same command continues", err=True)
+        sys.exit(130)

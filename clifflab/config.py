@@ -1,0 +1,323 @@
+"""A study and its parts: strict, frozen configuration (unknown keys are errors).
+
+Only settings that change results belong to a stage's section; how the work is carried out (workers, threads) sits in
+:class:`RuntimeConfig`, which never enters a fingerprint.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from clifflab.errors import ConfigError, shorten
+from clifflab.text.formats import FORMATS
+
+SLUG = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response")
+
+
+class Section(BaseModel):
+    """Base of all parts: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _slug(value: str) -> str:
+    if not SLUG.match(value):
+        raise ValueError("use letters, digits, '.', '_' and '-', at most 80, starting with a letter or digit")
+    return value
+
+
+Slug = Annotated[str, Field(description="A name that is safe as a folder name.")]
+
+
+class ModelSpec(Section):
+    """One model of the study.
+
+    Attributes:
+        name: Folder name of its results.
+        path: ``organism:planted`` (shipped), a checkpoint folder, or a model id of the Hugging Face hub.
+        revision: Hub revision (commit, tag or branch).
+        dtype: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+        thinking_format: How the model writes its thinking; ``auto`` reads it off the chat template.
+        system: System message put before every prompt that has none.
+        trust_remote_code: Run code that comes with the checkpoint.
+    """
+
+    name: Slug
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    thinking_format: str = "auto"
+    system: str | None = None
+    trust_remote_code: bool = False
+
+    _check_name = field_validator("name")(_slug)
+
+    @field_validator("thinking_format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value != "auto" and value not in FORMATS:
+            raise ValueError(f"unknown thinking format; choose auto, {', '.join(FORMATS)}")
+        return value
+
+
+class PromptSet(Section):
+    """One named set of prompts, or of existing traces.
+
+    Attributes:
+        name: The set's name in every table.
+        path: JSONL, JSON, CSV or Parquet file, a folder of a saved Hugging Face dataset, ``hf:NAME[:SPLIT]``, or
+            ``organism:SET`` for a set of the planted-cliff language.
+        label: Whether the set's requests are harmful; a ``label`` column overrides it row by row.
+        limit: Use the first rows only.
+        columns: Which column plays which role, where names differ from the usual ones.
+        existing: Rows hold finished traces (``thinking`` and ``response``, or ``<think>`` inline) that are measured
+            and not generated.
+        seed: Seed of an ``organism:`` set.
+    """
+
+    name: Slug
+    path: str = Field(min_length=1)
+    label: Literal["harmful", "benign"]
+    limit: int | None = Field(default=None, ge=1)
+    columns: dict[str, str] = Field(default_factory=dict)
+    existing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+    _check_name = field_validator("name")(_slug)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_roles(cls, value: dict[str, str]) -> dict[str, str]:
+        for role in value:
+            if role not in COLUMN_ROLES:
+                raise ValueError(f"unknown role {role!r}; roles are {', '.join(COLUMN_ROLES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _organism_needs_rows(self) -> PromptSet:
+        if self.path.startswith("organism:") and self.limit is None:
+            raise ValueError("an organism: set needs limit, the number of prompts to write")
+        return self
+
+
+class TracesConfig(Section):
+    """Generation: sampling, lengths and the batch, which is the unit of work."""
+
+    samples: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class JudgeConfig(Section):
+    """How outcomes are decided (SPEC section 5)."""
+
+    kind: Literal["rules"] = "rules"
+
+
+class ProbeConfig(Section):
+    """Linear probes (SPEC section 2).
+
+    Attributes:
+        c: Inverse strength of the L2 penalty of the logistic regression, on standardised features.
+        max_positions: Evenly spaced positions per trace for the all-position probe.
+        train_share: Share of groups for training; the rest is split evenly into validation and test.
+        min_examples: Positives (and negatives) needed in each split taken together to train a probe.
+        max_traces: Cap on traces per class; a seeded choice over groups above it.
+    """
+
+    c: float = Field(default=0.1, gt=0)
+    max_positions: int = Field(default=32, ge=1)
+    train_share: float = Field(default=0.5, gt=0, lt=1)
+    min_examples: int = Field(default=20, ge=4)
+    max_traces: int = Field(default=1000, ge=20)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class CliffConfig(Section):
+    """Plateau, cliff and curves (SPEC section 3).
+
+    Attributes:
+        window: The plateau's part of the thinking, as fractions of its length.
+        bins: Bins of the relative axis of the curves.
+        length_strata: Strata of thinking length within which the excess cliff is compared.
+        bootstrap: Resamples of groups for 95% intervals.
+    """
+
+    window: tuple[float, float] = (0.5, 0.9)
+    bins: int = Field(default=20, ge=2, le=100)
+    length_strata: int = Field(default=4, ge=1)
+    bootstrap: int = Field(default=2000, ge=100)
+    batch_size: int = Field(default=32, ge=1)
+
+    @field_validator("window")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 <= value[0] < value[1] <= 1.0:
+            raise ValueError("give two fractions of the thinking, 0 <= start < end <= 1")
+        return value
+
+
+class RuntimeConfig(Section):
+    """How the work is carried out; never part of a result's identity.
+
+    Attributes:
+        kind: ``ray`` runs units in actors, ``inline`` in this process.
+        workers: Actors; ``auto`` is one per GPU, else one per CPU core.
+        threads: Threads of one worker on a CPU. Equal thread counts give bit-equal results.
+        object_store_mb: Size of Ray's object store when it is started here.
+        max_attempts: How often a unit is tried when its worker dies.
+    """
+
+    kind: Literal["ray", "inline"] = "ray"
+    workers: Literal["auto"] | int = "auto"
+    threads: int = Field(default=1, ge=1)
+    object_store_mb: int = Field(default=256, ge=80)
+    max_attempts: int = Field(default=4, ge=1)
+
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("give at least 1, or auto")
+        return value
+
+
+class Study(Section):
+    """A whole study: models x prompt sets, and how each stage is done."""
+
+    name: Slug
+    seed: int = Field(default=0, ge=0)
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    prompts: tuple[PromptSet, ...] = Field(min_length=1)
+    traces: TracesConfig = TracesConfig()
+    judge: JudgeConfig = JudgeConfig()
+    probe: ProbeConfig = ProbeConfig()
+    cliff: CliffConfig = CliffConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    _check_name = field_validator("name")(_slug)
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Study:
+        for field in ("models", "prompts"):
+            names = [part.name for part in getattr(self, field)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{field}: the name {twice[0]!r} is used twice; give each its own")
+        return self
+
+    def model(self, name: str) -> ModelSpec:
+        """The model of that name."""
+        return next(model for model in self.models if model.name == name)
+
+
+def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Read a study file and apply ``key=value`` overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: Dotted keys with YAML values: ``traces.samples=4``, ``models.0.path=DIR``.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds a wrong or unknown key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("study", path, "no such file", "give the path of a study's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("study", path, f"cannot be read ({error})", "give the path of a study's YAML file") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError("study", path, f"malformed YAML{where}: {problem}", "mend that line") from None
+    if not isinstance(data, dict):
+        raise ConfigError("study", path, "holds no mapping", "start from jobs/quickstart.yaml")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_study(data, base=path.parent)
+
+
+def parse_study(data: dict[str, Any], base: Path | None = None) -> Study:
+    """Validate a study given as plain data; relative paths count from ``base`` where they exist there.
+
+    Raises:
+        ConfigError: Names the first wrong field, its value and the remedy.
+    """
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as error:
+        raise _config_error(error) from None
+    if base is None:
+        return study
+    prompts = tuple(p.model_copy(update={"path": _relative(p.path, base)}) for p in study.prompts)
+    models = tuple(m.model_copy(update={"path": _relative(m.path, base)}) for m in study.models)
+    return study.model_copy(update={"prompts": prompts, "models": models})
+
+
+def dump_study(study: Study) -> str:
+    """The resolved study as YAML that :func:`load_study` reads back."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _relative(path: str, base: Path) -> str:
+    candidate = base / path
+    return str(candidate.resolve()) if not Path(path).is_absolute() and candidate.exists() else path
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("--set", override, "is not key=value", "write e.g. --set traces.samples=4")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError("--set", override, "the value is not YAML", "quote it") from None
+    node: Any = data
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError("--set", override, "the key goes through a plain value", "check the key's spelling")
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise ConfigError("--set", override, f"no item {part!r} in a list of {len(node)}", "count from 0")
+        return node[int(part)]
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    raise ConfigError("--set", override, "the key goes through a plain value", "check the key's spelling")
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "study"
+    more = error.error_count() - 1
+    suffix = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
+    value: object = first.get("input")
+    if first["type"] == "extra_forbidden":
+        return ConfigError(field, value, "unknown key", f"check its spelling or remove it{suffix}")
+    if first["type"] == "missing":
+        return ConfigError(field, "(absent)", "is required", f"add it{suffix}")
+    if isinstance(value, dict | list):
+        value = shorten(value, 60)
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(field, value, "not valid", f"{message}{suffix}")

@@ -1,0 +1,181 @@
+"""Prompt sets: from a source's rows to the ``PROMPTS`` table and its rejects.
+
+Every source row comes out once: as a prompt, or as a reject with a reason (``undecodable``, ``null``, ``not_text``,
+``empty``, ``not_messages``, ``bad_label``, ``bad_id``, ``no_thinking``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from clifflab.config import PromptSet
+from clifflab.data.files import Row, iter_rows
+from clifflab.errors import InputError, TraceError
+from clifflab.text.render import Messages, split_inline
+
+PROMPT_COLUMNS = ("prompt", "messages", "instruction", "question", "Goal", "goal")
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_prompts(spec: PromptSet, field: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read one prompt set.
+
+    Args:
+        spec: The set's configuration.
+        field: Its place in the study (``prompts.0``), for error lines.
+
+    Returns:
+        Rows of ``tables.PROMPTS`` (without ``row``) and of ``tables.REJECTS``.
+
+    Raises:
+        InputError: The source cannot be read, has no usable row, lacks a column, or repeats an id.
+    """
+    prompts: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}
+    for number, record, problem in islice(_source_rows(spec, field), spec.limit):
+        try:
+            if record is None:
+                raise TraceError("undecodable", problem)
+            prompt = _prompt(spec, field, number, record)
+        except TraceError as error:
+            rejects.append(_reject(spec, number, record, error))
+            continue
+        if prompt["id"] in seen:
+            raise InputError(
+                f"{field}.id", prompt["id"], f"duplicate id in rows {seen[prompt['id']]} and {number} of {spec.path}",
+                "make ids unique within the set, or drop the id column",
+            )  # fmt: skip
+        seen[prompt["id"]] = number
+        prompts.append(prompt)
+    if not prompts:
+        why = f"all {len(rejects)} rows are rejected, the first as {rejects[0]['reason']}" if rejects else "has no rows"
+        raise InputError(f"{field}.path", spec.path, f"empty prompt set: {why}", "give at least one usable prompt")
+    return prompts, rejects
+
+
+def _source_rows(spec: PromptSet, field: str) -> Iterator[Row]:
+    if not spec.path.startswith("organism:"):
+        yield from iter_rows(f"{field}.path", spec.path)
+        return
+    from clifflab.organism.language import prompt_rows
+
+    assert spec.limit is not None  # PromptSet demands it
+    try:
+        rows = prompt_rows(spec.path.removeprefix("organism:"), spec.limit, spec.seed)
+    except ValueError as error:
+        raise InputError(
+            f"{field}.path", spec.path, str(error), "choose a set of `clifflab organism prompts`"
+        ) from None
+    for number, record in enumerate(rows):
+        yield number, record, ""
+
+
+def _prompt(spec: PromptSet, field: str, number: int, record: dict[str, Any]) -> dict[str, Any]:
+    messages = _messages(record, _prompt_column(spec, field, record))
+    thinking, response = None, None
+    if spec.existing:
+        thinking, response, messages = _existing(spec, record, messages)
+    elif messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise TraceError("not_messages", "the conversation does not end with the user's turn")
+    identity = _optional(record, spec, "id")
+    if identity is not None and (isinstance(identity, bool | float) or not str(identity).strip()):
+        raise TraceError("bad_id", "the id is empty or no text")
+    identity = f"{spec.name}-{number:06d}" if identity is None else str(identity)
+    group = _optional(record, spec, "group")
+    return {
+        "id": identity,
+        "set": spec.name,
+        "label": _label(spec, record),
+        "group": identity if group is None or not str(group).strip() else str(group),
+        "messages": messages,
+        "thinking": thinking,
+        "response": response,
+    }
+
+
+def _prompt_column(spec: PromptSet, field: str, record: dict[str, Any]) -> str:
+    for role in ("prompt", "messages"):
+        if role in spec.columns:
+            column = spec.columns[role]
+            break
+    else:
+        column = next((name for name in PROMPT_COLUMNS if name in record), "")
+    if column not in record:
+        there = ", ".join(sorted(map(str, record))) or "none"
+        raise InputError(
+            f"{field}.columns.prompt", column or "(absent)", f"no such column in {spec.path}; there are: {there}",
+            "name the column with the request in columns.prompt",
+        )  # fmt: skip
+    return column
+
+
+def _messages(record: dict[str, Any], column: str) -> Messages:
+    value = record[column]
+    if value is None:
+        raise TraceError("null", f"{column} is null")
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(value, column)}]
+    if not isinstance(value, list):
+        raise TraceError("not_text", f"{column} is {type(value).__name__}, not text")
+    messages: Messages = []
+    for turn in value:
+        if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not isinstance(turn.get("content"), str):
+            raise TraceError("not_messages", f"{column} holds a turn without a known role and text content")
+        messages.append({"role": turn["role"], "content": turn["content"]})
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in messages):
+        raise TraceError("empty", f"{column} has no user turn with text")
+    return messages
+
+
+def _existing(spec: PromptSet, record: dict[str, Any], messages: Messages) -> tuple[str | None, str, Messages]:
+    if messages[-1]["role"] == "assistant":
+        answer, messages = messages[-1]["content"], messages[:-1]
+    else:
+        column = spec.columns.get("response", "response")
+        answer = _text(record.get(column), column)
+    column = spec.columns.get("thinking", "thinking")
+    if column in record:
+        return _text(record[column], column), answer, messages
+    thinking, response = split_inline(answer)
+    return thinking, response, messages
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        raise TraceError("null", f"{column} is null or absent")
+    if not isinstance(value, str):
+        raise TraceError("not_text", f"{column} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise TraceError("empty", f"{column} is empty")
+    return value
+
+
+def _label(spec: PromptSet, record: dict[str, Any]) -> str:
+    if "label" not in spec.columns:
+        return spec.label
+    value = record.get(spec.columns["label"])
+    if isinstance(value, str) and value.strip().lower() in ("harmful", "benign"):
+        return value.strip().lower()
+    raise TraceError("bad_label", f"{spec.columns['label']} is neither harmful nor benign")
+
+
+def _optional(record: dict[str, Any], spec: PromptSet, role: str) -> Any:
+    return record.get(spec.columns.get(role, role))
+
+
+def _reject(spec: PromptSet, number: int, record: dict[str, Any] | None, error: TraceError) -> dict[str, Any]:
+    identity = _optional(record, spec, "id") if record else None
+    return {
+        "stage": "prompts",
+        "set": spec.name,
+        "source": spec.path,
+        "source_row": number,
+        "id": None if identity is None else str(identity),
+        "reason": error.reason,
+        "detail": error.detail,
+    }

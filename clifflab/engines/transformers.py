@@ -1,0 +1,111 @@
+"""Batched sampling with transformers: left padding, KV cache, a random stream of its own for every row.
+
+Shape suffixes: B rows still in the batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from clifflab.config import TracesConfig
+from clifflab.engines.base import Completion, Request
+from clifflab.models.forward import position_ids, split_on_oom
+from clifflab.models.loading import LoadedModel
+
+
+class TransformersEngine:
+    """The plain engine: any causal language model that transformers loads."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+
+    def generate(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
+        """Complete every request as one batch; a batch too large for the GPU's memory is halved.
+
+        The random numbers of a row are a counter-based stream of its seed, one uniform number a token, turned into a
+        token by the inverse of the float64 distribution function: batch mates do not enter.
+        """
+        return split_on_oom(lambda part: self._batch(part, sampling), requests)
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
+        loaded, limit = self.loaded, sampling.max_new_tokens
+        device = loaded.device
+        uniforms = [np.random.Generator(np.random.Philox(key=r.seed)).random(limit) for r in requests]
+        width = max(len(r.prompt_ids) for r in requests)
+        tokens_BT = torch.full((len(requests), width), loaded.pad_id, dtype=torch.long)
+        mask_BT = torch.zeros((len(requests), width), dtype=torch.long)
+        for b, request in enumerate(requests):
+            start = width - len(request.prompt_ids)
+            tokens_BT[b, start:] = torch.tensor(request.prompt_ids)
+            mask_BT[b, start:] = 1
+        tokens_BT, mask_BT = tokens_BT.to(device), mask_BT.to(device)
+        positions_BT = position_ids(mask_BT)
+        cache = DynamicCache(config=loaded.model.config)
+        written: list[list[int]] = [[] for _ in requests]
+        reasons = ["length"] * len(requests)
+        rows = list(range(len(requests)))  # request of each row that is still in the batch
+        live = set(rows)
+        for step in range(limit):
+            output = loaded.model(
+                input_ids=tokens_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            uniform_B = torch.tensor([uniforms[row][step] for row in rows], dtype=torch.float64, device=device)
+            chosen_B = sample(output.logits[:, -1], uniform_B, sampling.temperature, sampling.top_p)
+            for row, token in zip(rows, chosen_B.tolist(), strict=True):
+                if row not in live:
+                    continue
+                if token in loaded.stop_ids:
+                    reasons[row] = "stop"
+                    live.discard(row)
+                else:
+                    written[row].append(token)
+            if not live:
+                break
+            tokens_BT = chosen_B[:, None]
+            positions_BT = positions_BT[:, -1:] + 1
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(rows), 1))], dim=1)
+            if 2 * len(live) <= len(rows):  # finished rows leave the batch when half of it is done
+                keep = [b for b, row in enumerate(rows) if row in live]
+                index = torch.tensor(keep, device=device)
+                cache.batch_select_indices(index)
+                tokens_BT, positions_BT, mask_BT = tokens_BT[index], positions_BT[index], mask_BT[index]
+                rows = [rows[b] for b in keep]
+        return [
+            Completion(tuple(ids), "stop" if r == "stop" else "length") for ids, r in zip(written, reasons, strict=True)
+        ]
+
+
+def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Choose a token for every row.
+
+    Args:
+        logits_BV: Next-token logits.
+        uniform_B: One number in [0, 1) a row, float64.
+        temperature: 0 takes the most probable token.
+        top_p: Keep the smallest set of most probable tokens that holds this much probability.
+
+    Returns:
+        Token ids, ``[B]``.
+    """
+    if temperature == 0.0:
+        return logits_BV.argmax(-1)
+    probabilities_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    if top_p < 1.0:
+        ranked_BV, order_BV = torch.sort(probabilities_BV, dim=-1, descending=True, stable=True)
+        before_BV = ranked_BV.cumsum(-1) - ranked_BV
+        ranked_BV = ranked_BV.masked_fill(before_BV >= top_p, 0.0)
+        probabilities_BV = torch.zeros_like(probabilities_BV).scatter(-1, order_BV, ranked_BV)
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    # The first token whose cumulative probability exceeds the target: never one of probability zero.
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1).clamp_max(logits_BV.shape[-1] - 1)

@@ -1,0 +1,86 @@
+"""One tree of errors that a user can act on.
+
+Anything derived from :class:`ClifflabError` is printed as one line and ends the command with its ``exit_code``; every
+other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class ClifflabError(Exception):
+    """Base of the errors that a user can mend.
+
+    Attributes:
+        exit_code: Exit code of the command line when the error reaches it.
+    """
+
+    exit_code = 2
+
+
+class UserError(ClifflabError):
+    """A wrong input: names the field, the value and the remedy.
+
+    Args:
+        field: What was wrong (a config key, an option, a file's role).
+        value: The offending value, shortened for display.
+        problem: What is wrong with it.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        super().__init__(one_line(f"{field}: {shorten(value)}: {problem}; {remedy}"))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
+        """Pickle by arguments: the error crosses process borders."""
+        return type(self), (self.field, shorten(self.value), self.problem, self.remedy)
+
+
+class ConfigError(UserError):
+    """The study's configuration is wrong."""
+
+
+class InputError(UserError):
+    """An input file or a model cannot be used."""
+
+
+class OutputError(UserError):
+    """The output folder cannot be used."""
+
+
+class TraceError(ClifflabError):
+    """One trace cannot be used; it goes to the rejects with this reason.
+
+    Args:
+        reason: A short machine-readable reason (``closing_missing``, ``too_long``, ...).
+        detail: A sentence for a reader.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+    def __reduce__(self) -> tuple[type[TraceError], tuple[str, str]]:
+        """Pickle by arguments: the error crosses process borders."""
+        return type(self), (self.reason, self.detail)
+
+
+class InterventionError(ClifflabError):
+    """A hook that should have fired did not: the result would be meaningless."""
+
+
+class WorkerError(ClifflabError):
+    """A unit of work failed more often than allowed."""
+
+    exit_code = 1
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """Text of a value for an error line: one line, at most ``limit`` characters."""
+    text = one_line(str(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: str) -> str:
+    """Collapse all white space, so that an error is one line whatever the value held."""
+    return " ".join(text.split())

@@ -1,0 +1,254 @@
+"""Running a study from its first missing piece to its report."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from clifflab.artifacts import (
+    code_version,
+    file_hash,
+    output_error,
+    package_versions,
+    read_json,
+    write_json,
+    write_text,
+)
+from clifflab.config import Study, dump_study
+from clifflab.data.files import check_source
+from clifflab.errors import OutputError
+from clifflab.models.loading import resolve_path
+from clifflab.runtime.events import EventLog
+from clifflab.runtime.progress import Reporter, Silent
+from clifflab.runtime.work import Job, Result
+from clifflab.stages import STEPS, Context
+
+
+class Runtime(Protocol):
+    """Does jobs somewhere."""
+
+    workers: int
+
+    def run(self, jobs: list[Job]) -> Iterator[Result]:
+        """Results as they come."""
+        ...
+
+    def lost(self) -> list[dict[str, object]]:
+        """Workers lost since the last call."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Where a finished study lies, and what it found.
+
+    Attributes:
+        root: Its folder.
+        metrics: The content of ``metrics.json``.
+        warnings: What a reader of the numbers must know; not empty where a probe could not be trained.
+    """
+
+    root: Path
+    metrics: dict[str, Any]
+    warnings: list[str]
+
+
+def run(
+    study: Study, out: Path | str = "runs", *, runtime: str | None = None, reporter: Reporter | None = None
+) -> StudyResult:
+    """Run a study, or what is missing of it.
+
+    Args:
+        study: What to measure.
+        out: Parent folder; results go to ``out/<study.name>/``.
+        runtime: ``ray`` or ``inline``; the study's own setting by default.
+        reporter: Told of the progress.
+
+    Raises:
+        ClifflabError: A user's mistake, in one line.
+    """
+    check_inputs(study)
+    reporter = reporter or Silent()
+    root = (Path(out) / study.name).absolute()
+    with _locked(root):
+        write_text(root / "study.yaml", dump_study(study))
+        context = Context(study, root)
+        todo = plan(context)
+        log = EventLog(root / "events.jsonl")
+        kind = runtime or study.runtime.kind
+        log.write("run_start", driver_pid=os.getpid(), runtime=kind, code=code_version(), steps=len(todo))
+        if todo:
+            (root / "manifest.json").unlink(missing_ok=True)
+            _carry_out(context, todo, _start(kind, study, root), log, reporter)
+        else:
+            reporter.note("everything is whole already: nothing to compute")
+        manifest = _manifest(context)
+        if read_json(root / "manifest.json") != manifest:
+            write_json(root / "manifest.json", manifest)
+        log.write("run_done")
+    metrics = read_json(root / "metrics.json")
+    warnings = [f"{name}: {m['probe']['reason']}" for name, m in metrics["models"].items() if m["probe"].get("reason")]
+    return StudyResult(root, metrics, warnings)
+
+
+def check_inputs(study: Study) -> None:
+    """Cheap checks of everything that a study names, before anything starts.
+
+    Raises:
+        InputError: A prompt source or a model folder is not there.
+    """
+    for index, prompt_set in enumerate(study.prompts):
+        check_source(f"prompts.{index}.path", prompt_set.path)
+    for model in study.models:
+        resolve_path(model)
+
+
+def plan(context: Context) -> list[tuple[str, str | None]]:
+    """The steps that are not whole, in order: ``(step, model)``; models one after the other."""
+    pairs: list[tuple[str, str | None]] = [(name, None) for name, step in STEPS.items() if not step.per_model]
+    first, last = pairs[:-1], pairs[-1:]
+    per_model = [(name, m.name) for m in context.study.models for name, step in STEPS.items() if step.per_model]
+    missing = {pair for pair in (*first, *per_model, *last) if not _whole(context, *pair)}
+    return [pair for pair in (*first, *per_model, *last) if pair in missing and _needed(pair, missing)]
+
+
+def _needed(pair: tuple[str, str | None], missing: set[tuple[str, str | None]]) -> bool:
+    """A transient step runs only for a step that is missing."""
+    name, model = pair
+    return not STEPS[name].transient or any((reader, model) in missing for reader in _readers(name))
+
+
+def _readers(name: str) -> list[str]:
+    return [step.name for step in STEPS.values() if name in step.inputs]
+
+
+def _carry_out(
+    context: Context, todo: list[tuple[str, str | None]], runtime: Runtime, log: EventLog, reporter: Reporter
+) -> None:
+    try:
+        log.write("workers", count=runtime.workers)
+        for name, model in todo:
+            step = STEPS[name]
+            jobs = [Job(name, model, unit) for unit in step.plan(context, model)]
+            missing = [job for job in jobs if job.unit and not context.part(job.unit).exists()]
+            reporter.start(f"{name} {model or ''}".strip(), len(jobs), len(jobs) - len(missing))
+            log.write("step_start", step=name, model=model, units=len(jobs), missing=len(missing))
+            _do(runtime, missing, log, reporter)
+            merged = _do(runtime, [Job(name, model)], log, reporter)[0]
+            _finish_step(context, name, model, merged.counts)
+            log.write("step_done", step=name, model=model, **merged.counts)
+            reporter.finish()
+    finally:
+        runtime.close()
+
+
+def _do(runtime: Runtime, jobs: list[Job], log: EventLog, reporter: Reporter) -> list[Result]:
+    results: list[Result] = []
+    try:
+        for result in runtime.run(jobs):
+            log.result(result)
+            if result.error:
+                raise result.error
+            results.append(result)
+            if result.job.unit:
+                reporter.advance()
+    finally:
+        for loss in runtime.lost():
+            log.write("worker_lost", **loss)
+            reporter.note(
+                f"a worker died at {loss['step']} {loss['unit']} (try {loss['attempt']}): done again elsewhere"
+            )
+    return results
+
+
+def _finish_step(context: Context, name: str, model: str | None, counts: dict[str, Any]) -> None:
+    """Write the step's manifest, then delete the unit files that nothing reads any more."""
+    step, layout = STEPS[name], context.layout
+    outputs = {str(path.relative_to(layout.root)): path.stat().st_size for path in step.outputs(layout, model)}
+    manifest = {"fingerprint": context.identity(name, model), "outputs": outputs, "counts": counts}
+    write_json(layout.manifest(name, model), manifest)
+    done = [] if step.transient else [name]
+    done += [i for i in step.inputs if STEPS[i].transient and all(_whole(context, r, model) for r in _readers(i))]
+    for finished in done:
+        shutil.rmtree(layout.all_parts(finished, model), ignore_errors=True)
+
+
+def _whole(context: Context, name: str, model: str | None) -> bool:
+    """Whether a step's manifest has today's fingerprint and its files are there in full size."""
+    layout, step = context.layout, STEPS[name]
+    manifest = read_json(layout.manifest(name, model))
+    if not manifest or manifest["fingerprint"] != context.identity(name, model) or step.transient:
+        return False
+    sizes = {layout.root / path: size for path, size in manifest["outputs"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+
+
+def _start(kind: str, study: Study, root: Path) -> Runtime:
+    if kind == "inline":
+        from clifflab.runtime.inline import InlineRuntime
+
+        return InlineRuntime(study, root)
+    from clifflab.runtime.actors import ActorRuntime
+
+    return ActorRuntime(study, root)
+
+
+def _manifest(context: Context) -> dict[str, Any]:
+    """Everything that a result can be traced to. Written last."""
+    root, study = context.layout.root, context.study
+    pairs = [
+        (name, m)
+        for name, step in STEPS.items()
+        for m in ([x.name for x in study.models] if step.per_model else [None])
+    ]
+    steps = {f"{m or '_study'}/{name}": read_json(context.layout.manifest(name, m)) for name, m in pairs}
+    files = [path for name, m in pairs for path in STEPS[name].outputs(context.layout, m)]
+    return {
+        "study": study.name,
+        "seed": study.seed,
+        "clifflab": code_version(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "config": {k: v for k, v in study.model_dump(mode="json").items() if k != "runtime"},
+        "models": {m.name: context.model_identity(m.name) for m in study.models},
+        "sources": {p.name: h for p, h in zip(study.prompts, context.source_hashes, strict=True)},
+        "steps": {name: manifest["fingerprint"] for name, manifest in steps.items() if manifest},
+        "counts": {name: manifest["counts"] for name, manifest in steps.items() if manifest},
+        "files": {str(path.relative_to(root)): file_hash(path) for path in sorted(files)},
+    }
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the study's folder for one run at a time; the lock goes with the process, however it ends.
+
+    Raises:
+        OutputError: The folder cannot be written, or another run holds it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = (root / ".lock").open("w")
+    except OSError as error:
+        raise output_error(root, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise OutputError(
+            "output", root, "another run is writing there", "wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        handle.close()

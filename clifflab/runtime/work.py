@@ -1,0 +1,96 @@
+"""One job of a worker, the same in every runtime."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clifflab.artifacts import output_error
+from clifflab.config import Study
+from clifflab.errors import ClifflabError
+from clifflab.stages import STEPS, Context, Unit
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit of a step, or (``unit`` is ``None``) the step's merge."""
+
+    step: str
+    model: str | None
+    unit: Unit | None = None
+
+    @property
+    def name(self) -> str:
+        """What the event log calls it."""
+        return self.unit.key if self.unit else "merge"
+
+
+@dataclass
+class Result:
+    """What came of a job, with where it ran.
+
+    Attributes:
+        job: The job.
+        where: ``node, pid, gpu_ids`` of the worker.
+        seconds: Wall time of the job.
+        counts: What the step counted.
+        loads: Models that the worker loaded for it.
+        error: A user's error that ended the job.
+        attempt: Which try this was.
+    """
+
+    job: Job
+    where: dict[str, Any]
+    seconds: float = 0.0
+    counts: dict[str, Any] = field(default_factory=dict)
+    loads: list[dict[str, Any]] = field(default_factory=list)
+    error: ClifflabError | None = None
+    attempt: int = 1
+
+
+class Worker:
+    """Holds a context (and so the loaded models) and does jobs one after the other.
+
+    Args:
+        study: The study.
+        root: Folder of its results.
+        node: Name of the node; the host's name by default.
+        gpu_ids: GPUs that this worker may use.
+    """
+
+    def __init__(self, study: Study, root: Path, node: str | None = None, gpu_ids: list[str] | None = None) -> None:
+        self.context = Context(study, root)
+        self.where = {"node": node or socket.gethostname(), "pid": os.getpid(), "gpu_ids": gpu_ids or []}
+
+    def do(self, job: Job) -> Result:
+        """Do one job with the study's number of threads; a user's error comes back in the result."""
+        import torch
+        from threadpoolctl import threadpool_limits
+
+        result = Result(job, self.where)
+        start = time.monotonic()
+        threads, before = self.context.study.runtime.threads, torch.get_num_threads()
+        self.context.loads.clear()
+        try:
+            torch.set_num_threads(threads)
+            with threadpool_limits(threads):
+                step = STEPS[job.step]
+                if job.unit:
+                    result.counts = step.compute(self.context, job.unit)
+                else:
+                    result.counts = step.merge(self.context, job.model)
+        except ClifflabError as error:
+            result.error = error
+        except OSError as error:
+            if error.filename is None or not str(error.filename).startswith(str(self.context.layout.root)):
+                raise
+            result.error = output_error(Path(str(error.filename)), error)
+        finally:
+            torch.set_num_threads(before)
+        result.loads = list(self.context.loads)
+        result.seconds = round(time.monotonic() - start, 3)
+        return result

@@ -1,0 +1,1 @@
+"""The measurements: pure functions over arrays and tables. No Ray, no files, no global state."""

@@ -1,0 +1,177 @@
+"""Linear probes of refusal (SPEC section 2): what they are trained on, two estimators, and how well they read.
+
+Shape suffixes: N positions (rows of states), D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from clifflab.science.stats import Floats, GroupBootstrap, auroc
+
+TRAIN_POSITIONS = ("all", "final")
+ESTIMATORS = ("logistic", "difference")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A probe of one layer: ``score = sigmoid(w . h + b)``.
+
+    Attributes:
+        w: Weights on the raw residual stream, ``[D]`` (standardisation folded in).
+        b: Bias.
+    """
+
+    w: npt.NDArray[np.float32]
+    b: float
+
+    def logits(self, states_ND: npt.NDArray[np.float32]) -> Floats:
+        """Probe logits of residual states, ``[N]``."""
+        return states_ND.astype(np.float64) @ self.w.astype(np.float64) + self.b
+
+
+def probe_label(label: str, outcome: str) -> int | None:
+    """Class of a trace: 1 harmful and refused, 0 benign and answered, ``None`` everything else (test cells)."""
+    return {("harmful", "refused"): 1, ("benign", "complied"): 0}.get((label, outcome))
+
+
+def split_groups(labels: Mapping[str, str], train_share: float, seed: int) -> dict[str, str]:
+    """Assign whole groups to train, validation and test, in equal shares within each label.
+
+    Args:
+        labels: Label of every group.
+        train_share: Share of training groups; validation and test halve the rest.
+        seed: Seed of the assignment.
+
+    Returns:
+        Split of every group. It depends on the set of groups, not on their order.
+    """
+    split: dict[str, str] = {}
+    for label in sorted(set(labels.values())):
+        members = sorted((_hash(seed, group), group) for group, own in labels.items() if own == label)
+        train = round(train_share * len(members))
+        validation = train + (len(members) - train) // 2
+        for rank, (_, group) in enumerate(members):
+            split[group] = SPLITS[0] if rank < train else SPLITS[1] if rank < validation else SPLITS[2]
+    return split
+
+
+def even_positions(scored: range, at_most: int) -> list[int]:
+    """At most ``at_most`` evenly spaced positions of a trace's scored range, first and last included."""
+    if len(scored) <= at_most:
+        return list(scored)
+    return [scored[int(i)] for i in np.linspace(0, len(scored) - 1, at_most).round()]
+
+
+def trace_weights(traces_N: npt.NDArray[np.intp], labels_N: npt.NDArray[np.bool_]) -> Floats:
+    """Weights of rows such that every trace counts 1 and both classes weigh the same; they sum to the traces."""
+    _, codes, sizes = np.unique(traces_N, return_inverse=True, return_counts=True)
+    weights = 1.0 / sizes[codes]
+    for value in (True, False):
+        chosen = labels_N == value
+        weights[chosen] *= len(sizes) / 2 / weights[chosen].sum()
+    return weights
+
+
+def fit_logistic(
+    states_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.bool_], weights_N: Floats, c: float
+) -> Direction:
+    """Logistic regression with an L2 penalty on standardised features, folded back to the raw residual stream."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    states = states_ND.astype(np.float64)
+    scaler = StandardScaler().fit(states, sample_weight=weights_N)
+    model = LogisticRegression(C=c, max_iter=2000, tol=1e-6)
+    model.fit(scaler.transform(states), labels_N, sample_weight=weights_N)
+    w = model.coef_[0] / scaler.scale_
+    return Direction(w.astype(np.float32), float(model.intercept_[0] - w @ scaler.mean_))
+
+
+def fit_difference(
+    states_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.bool_], weights_N: Floats, c: float
+) -> Direction:
+    """Difference in means; scale and bias of the logit by a one-dimensional logistic regression along it."""
+    states = states_ND.astype(np.float64)
+    up, down = (np.average(states[labels_N == v], axis=0, weights=weights_N[labels_N == v]) for v in (True, False))
+    direction = (up - down) / max(float(np.linalg.norm(up - down)), 1e-12)
+    along = fit_logistic((states @ direction)[:, None].astype(np.float32), labels_N, weights_N, c)
+    return Direction((along.w[0] * direction).astype(np.float32), along.b)
+
+
+FITTERS = {"logistic": fit_logistic, "difference": fit_difference}
+
+
+def trace_means(values_N: Floats, traces_N: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.intp], Floats]:
+    """Mean of the rows of every trace: the traces in ascending order, and their means."""
+    traces, codes, sizes = np.unique(traces_N, return_inverse=True, return_counts=True)
+    return traces, np.bincount(codes, weights=values_N) / sizes
+
+
+def quality(
+    logits_N: Floats, labels_N: npt.NDArray[np.bool_], groups_N: Sequence[str], resamples: int, seed: int
+) -> dict[str, object]:
+    """How well a probe separates traces: AUROC, accuracy, calibration, with 95% intervals over groups.
+
+    Args:
+        logits_N: One logit a trace (the mean over its evaluated positions).
+        labels_N: Its class.
+        groups_N: Its group.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        ``auroc {mean, low, high, se}``, ``accuracy {mean, low, high, n, groups}``, ``ece {mean, low, high}``.
+    """
+    bootstrap = GroupBootstrap(groups_N, resamples, seed)
+    scores = sigmoid(logits_N)
+    right = (scores > 0.5) == labels_N
+    return {
+        "auroc": auroc(logits_N, labels_N, bootstrap),
+        "accuracy": bootstrap.rate(right).as_dict(),
+        "ece": calibration_error(scores, labels_N, bootstrap),
+    }
+
+
+def calibration_error(
+    scores_N: Floats, labels_N: npt.NDArray[np.bool_], bootstrap: GroupBootstrap, bins: int = 10
+) -> dict[str, float | None]:
+    """Expected calibration error over equal-width bins, with its interval over groups."""
+    if not len(scores_N):
+        return {"mean": None, "low": None, "high": None}
+    which = np.minimum((scores_N * bins).astype(int), bins - 1)
+    member = which[:, None] == np.arange(bins)[None, :]
+    gap, _ = bootstrap.group_sums(np.repeat((scores_N - labels_N)[:, None], bins, axis=1), member)
+    draws = np.abs(bootstrap.weights_BG @ gap).sum(1)
+    sizes = np.bincount(bootstrap.codes_N, minlength=bootstrap.count).astype(np.float64)
+    draws = draws / np.maximum(bootstrap.weights_BG @ sizes, 1.0)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"mean": float(np.abs(gap.sum(0)).sum() / len(scores_N)), "low": float(low), "high": float(high)}
+
+
+def choose_layer(validation: Sequence[Mapping[str, float | None]]) -> int:
+    """The deepest layer whose validation AUROC is within one standard error of the best.
+
+    The size of the cliff plays no part. The standard error is that of the best layer.
+    """
+    areas = [entry["mean"] if entry["mean"] is not None else -1.0 for entry in validation]
+    best = int(np.argmax(areas))
+    bar = areas[best] - (validation[best]["se"] or 0.0)
+    return max(layer for layer, area in enumerate(areas) if area >= bar)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Logistic function, without overflow."""
+    from scipy.special import expit
+
+    return np.asarray(expit(logits), dtype=np.float64)
+
+
+def _hash(seed: int, group: str) -> str:
+    return hashlib.sha256(f"split:{seed}:{group}".encode()).hexdigest()

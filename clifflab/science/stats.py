@@ -1,0 +1,174 @@
+"""Intervals that respect groups: a prompt's paraphrases and samples are not independent observations.
+
+Shape suffixes: N observations, G groups, B bootstrap resamples; further axes are carried along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats as scipy_stats
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% interval.
+
+    Attributes:
+        mean: Mean over observations; ``None`` where there are none.
+        low: Lower end; ``None`` where fewer than two groups hold an observation.
+        high: Upper end.
+        n: Observations.
+        groups: Groups that hold them.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    groups: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``metrics.json``."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n, "groups": self.groups}
+
+
+class GroupBootstrap:
+    """Resamples groups with replacement; every statistic drawn from one instance uses the same resamples.
+
+    Args:
+        groups: Group of each observation, ``[N]``.
+        resamples: Number of resamples B.
+        seed: Seed of the resamples.
+    """
+
+    def __init__(self, groups: Sequence[str], resamples: int, seed: int) -> None:
+        names, codes = np.unique(np.asarray(list(groups), dtype=object).astype(str), return_inverse=True)
+        self.codes_N: npt.NDArray[np.intp] = codes
+        self.count = len(names)
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        self.weights_BG: Floats = (
+            rng.multinomial(self.count, np.full(self.count, 1 / self.count), size=resamples).astype(np.float64)
+            if self.count
+            else np.zeros((resamples, 0))
+        )
+
+    def group_sums(self, values: Floats, mask: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """Sums and counts of the masked observations of each group, each ``[G, ...]``."""
+        sums = np.zeros((self.count, *values.shape[1:]))
+        counts = np.zeros_like(sums)
+        np.add.at(sums, self.codes_N, np.where(mask, values, 0.0))
+        np.add.at(counts, self.codes_N, mask.astype(np.float64))
+        return sums, counts
+
+    def resampled_means(self, values: Floats, mask: npt.NDArray[np.bool_]) -> Floats:
+        """Mean of each resample, ``[B, ...]``; NaN where a resample holds no observation."""
+        sums, counts = self.group_sums(values, mask)
+        flat = (self.count, -1)
+        top = self.weights_BG @ sums.reshape(flat)
+        bottom = self.weights_BG @ counts.reshape(flat)
+        with np.errstate(invalid="ignore"):
+            return (top / np.where(bottom > 0, bottom, np.nan)).reshape(-1, *values.shape[1:])
+
+    def means(self, values: Floats, mask: npt.NDArray[np.bool_] | None = None) -> dict[str, npt.NDArray[Any]]:
+        """Means with percentile intervals along the first axis, everything else elementwise.
+
+        Args:
+            values: Observations, ``[N, ...]``; NaN counts as absent.
+            mask: Which observations count, ``[N, ...]``.
+
+        Returns:
+            ``mean, low, high, n, groups``, each of shape ``[...]``; low and high are NaN below two groups.
+        """
+        present = np.isfinite(values) if mask is None else (mask & np.isfinite(values))
+        sums, counts = self.group_sums(values, present)
+        n = counts.sum(0)
+        groups = (counts > 0).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = sums.sum(0) / np.where(n > 0, n, np.nan)
+        low, high = percentile_interval(self.resampled_means(values, present))
+        few = groups < 2
+        return {
+            "mean": mean,
+            "low": np.where(few, np.nan, low),
+            "high": np.where(few, np.nan, high),
+            "n": n.astype(np.int64),
+            "groups": groups,
+        }
+
+    def mean(self, values_N: Floats, mask_N: npt.NDArray[np.bool_] | None = None) -> Interval:
+        """Mean of one statistic with its interval."""
+        found = self.means(values_N, mask_N)
+        return Interval(
+            _number(found["mean"]), _number(found["low"]), _number(found["high"]), int(found["n"]), int(found["groups"])
+        )
+
+    def rate(self, hits_N: npt.NDArray[np.bool_], mask_N: npt.NDArray[np.bool_] | None = None) -> Interval:
+        """Share of hits with its interval.
+
+        At a share of exactly 0 or 1 every resample agrees and the bootstrap has no width; the interval is then
+        Wilson's with the number of groups as the sample size.
+        """
+        found = self.mean(hits_N.astype(np.float64), mask_N)
+        if found.mean not in (0.0, 1.0):
+            return found
+        hits = round(found.mean * found.groups)
+        wilson = scipy_stats.binomtest(hits, found.groups).proportion_ci(method="wilson")
+        return Interval(found.mean, float(wilson.low), float(wilson.high), found.n, found.groups)
+
+
+def percentile_interval(draws_B: Floats) -> tuple[Floats, Floats]:
+    """2.5% and 97.5% percentiles along the first axis, NaN draws left out."""
+    if not np.isfinite(draws_B).any():
+        nothing = np.full(draws_B.shape[1:], np.nan)
+        return nothing, nothing
+    with np.errstate(all="ignore"):
+        if np.isfinite(draws_B).all():
+            low, high = np.percentile(draws_B, [2.5, 97.5], axis=0)
+        else:
+            import warnings
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN columns stay NaN
+                low, high = np.nanpercentile(draws_B, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def auroc(scores_N: Floats, positive_N: npt.NDArray[np.bool_], bootstrap: GroupBootstrap) -> dict[str, float | None]:
+    """Area under the ROC curve over traces, with its interval and standard error over groups.
+
+    A resample's AUROC weighs each pair by its groups' multiplicities. The standard error is at least that of Hanley
+    and McNeil (1982, Radiology 143) half a pair away from 1, since a perfect split of few traces is no proof of
+    perfection.
+
+    Returns:
+        ``mean, low, high, se``; all ``None`` where a class is absent.
+    """
+    up, down = scores_N[positive_N], scores_N[~positive_N]
+    if not len(up) or not len(down):
+        return {"mean": None, "low": None, "high": None, "se": None}
+    wins = (up[:, None] > down[None, :]) + 0.5 * (up[:, None] == down[None, :])
+    area = float(wins.mean())
+    w_up = bootstrap.weights_BG[:, bootstrap.codes_N[positive_N]]
+    w_down = bootstrap.weights_BG[:, bootstrap.codes_N[~positive_N]]
+    pairs = w_up.sum(1) * w_down.sum(1)
+    draws = ((w_up @ wins) * w_down).sum(1)
+    with np.errstate(invalid="ignore"):
+        draws = draws / np.where(pairs > 0, pairs, np.nan)
+    low, high = percentile_interval(draws)
+    clipped = min(max(area, 0.5), 1 - 0.5 / min(len(up), len(down)))
+    q1, q2 = clipped / (2 - clipped), 2 * clipped**2 / (1 + clipped)
+    variance = clipped * (1 - clipped) + (len(up) - 1) * (q1 - clipped**2) + (len(down) - 1) * (q2 - clipped**2)
+    floor = float(np.sqrt(max(variance, 0.0) / (len(up) * len(down))))
+    spread = float(np.nanstd(draws)) if np.isfinite(draws).any() else 0.0
+    return {"mean": area, "low": _number(low), "high": _number(high), "se": max(spread, floor)}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

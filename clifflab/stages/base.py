@@ -1,0 +1,198 @@
+"""What a stage is: a plan of units, a pure computation of each, and a merge into tables.
+
+A unit's result is a file of its own, written atomically under a name that follows from the unit; a merge reads the
+files in the plan's order. Nothing here knows on how many workers units run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clifflab.artifacts import code_version, fingerprint, read_parquet
+from clifflab.config import Study
+from clifflab.data.files import source_hash
+
+if TYPE_CHECKING:
+    from clifflab.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work of a step.
+
+    Attributes:
+        step: Name of the step.
+        model: Name of the model, or ``None`` for work on the study as a whole.
+        key: Name of the unit within the step; file-name safe, sorts in plan order.
+        payload: What the step needs to compute it; plain data.
+    """
+
+    step: str
+    model: str | None
+    key: str
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a study's files are."""
+
+    root: Path
+
+    def folder(self, model: str | None) -> Path:
+        """Folder of a model's results, or of the study's own."""
+        return self.root / model if model else self.root
+
+    def all_parts(self, step: str, model: str | None) -> Path:
+        """Folder of a step's unit files, whatever their fingerprint."""
+        return self.root / ".work" / (model or "_study") / step
+
+    def parts(self, step: str, model: str | None, identity: str) -> Path:
+        """Folder of the unit files of a step with this fingerprint."""
+        return self.all_parts(step, model) / identity[:16]
+
+    def manifest(self, step: str, model: str | None) -> Path:
+        """The step's manifest; what has one with the right fingerprint is whole."""
+        return self.root / ".steps" / (model or "_study") / f"{step}.json"
+
+
+class Context:
+    """What a worker knows: the study, its files, and the models that it has loaded.
+
+    Args:
+        study: The study.
+        root: Folder of the study's results.
+    """
+
+    def __init__(self, study: Study, root: Path) -> None:
+        self.study, self.layout = study, Layout(root)
+        self.loads: list[dict[str, Any]] = []
+        self._models: dict[str, LoadedModel] = {}
+        self._tables: dict[tuple[Path, int], Any] = {}
+
+    def loaded(self, model: str) -> LoadedModel:
+        """The model, loaded once; another one that this worker held before is let go."""
+        if model not in self._models:
+            from clifflab.models.loading import load
+
+            self._models.clear()
+            start = time.monotonic()
+            self._models[model] = load(self.study.model(model))
+            self.loads.append({"model": model, "seconds": round(time.monotonic() - start, 3)})
+        return self._models[model]
+
+    def table(self, path: Path) -> Any:
+        """An Arrow table, read once as long as the file stays the same."""
+        key = (path, os.stat(path).st_mtime_ns) if path.exists() else (path, 0)
+        if key not in self._tables:
+            self._tables = {k: v for k, v in self._tables.items() if k[0] != path}
+            self._tables[key] = read_parquet(path)
+        return self._tables[key]
+
+    def part(self, unit: Unit) -> Path:
+        """File of a unit's result."""
+        from clifflab.stages import STEPS
+
+        identity = self.identity(unit.step, unit.model)
+        return self.layout.parts(unit.step, unit.model, identity) / f"{unit.key}{STEPS[unit.step].suffix}"
+
+    def identity(self, step: str, model: str | None) -> str:
+        """Fingerprint of a step's result: settings, inputs, model, seed, code."""
+        from clifflab.stages import STEPS
+
+        chosen = STEPS[step]
+        if not chosen.per_model:
+            model = None
+        if (step, model) not in self._identities:
+            models: Sequence[str | None] = [m.name for m in self.study.models] if model is None else [model]
+            inputs = {
+                f"{name}:{m if STEPS[name].per_model else None}": self.identity(name, m)
+                for name in chosen.inputs
+                for m in models
+            }
+            self._identities[step, model] = fingerprint(
+                {
+                    "step": step,
+                    "model": self.model_identity(model) if model else None,
+                    "settings": chosen.settings(self.study),
+                    "seed": self.study.seed,
+                    "inputs": inputs,
+                    "sources": self.source_hashes if step == "prompts" else None,
+                    "code": code_version(),
+                }
+            )
+        return self._identities[step, model]
+
+    def model_identity(self, model: str) -> dict[str, Any]:
+        """What makes the model what it is (see :func:`clifflab.models.loading.model_identity`)."""
+        if model not in self._model_identities:
+            from clifflab.models.loading import model_identity
+
+            self._model_identities[model] = {"name": model, **model_identity(self.study.model(model))}
+        return self._model_identities[model]
+
+    @cached_property
+    def source_hashes(self) -> list[str]:
+        """Hashes of the prompt sets' sources."""
+        return [source_hash(prompt_set.path) for prompt_set in self.study.prompts]
+
+    @cached_property
+    def _identities(self) -> dict[tuple[str, str | None], str]:
+        return {}
+
+    @cached_property
+    def _model_identities(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+
+class Step(ABC):
+    """One stage.
+
+    Attributes:
+        name: Its name, in tables and logs.
+        per_model: Whether it runs once a model, or once a study.
+        inputs: Names of the steps whose results it reads.
+        suffix: File suffix of a unit's result.
+        transient: Its unit files are its result; they are deleted when every step that reads them is whole.
+    """
+
+    name: str
+    per_model: bool = True
+    inputs: tuple[str, ...] = ()
+    suffix: str = ".parquet"
+    transient: bool = False
+
+    @abstractmethod
+    def settings(self, study: Study) -> Any:
+        """The part of the configuration that its result depends on; plain data."""
+
+    @abstractmethod
+    def outputs(self, layout: Layout, model: str | None) -> list[Path]:
+        """The files that it makes."""
+
+    @abstractmethod
+    def plan(self, context: Context, model: str | None) -> list[Unit]:
+        """Its units, in order. Cheap: reads counts, computes nothing."""
+
+    @abstractmethod
+    def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
+        """Compute one unit and write its file; returns counts for the event log."""
+
+    @abstractmethod
+    def merge(self, context: Context, model: str | None) -> dict[str, Any]:
+        """Make the outputs from the unit files; returns counts for the event log and the manifest."""
+
+
+def chunks(total: int, size: int, step: str, model: str | None) -> list[Unit]:
+    """Units of consecutive rows ``[start, stop)``."""
+    return [
+        Unit(step, model, f"{number:06d}", {"start": start, "stop": min(start + size, total)})
+        for number, start in enumerate(range(0, total, size))
+    ]

@@ -1,0 +1,60 @@
+"""Stage ``judge``: outcome of every trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clifflab import tables
+from clifflab.artifacts import read_parquet, write_parquet
+from clifflab.config import Study
+from clifflab.science.judges import judge
+from clifflab.stages.base import Context, Layout, Step, Unit, chunks
+
+_ROWS = 2048
+
+
+class JudgeStep(Step):
+    """The rule judge over all responses."""
+
+    name = "judge"
+    inputs = ("traces",)
+
+    def settings(self, study: Study) -> Any:
+        """Which judge."""
+        return study.judge.model_dump(mode="json")
+
+    def outputs(self, layout: Layout, model: str | None) -> list[Path]:
+        """Outcomes, row for row with the traces."""
+        return [layout.folder(model) / "outcomes.parquet"]
+
+    def plan(self, context: Context, model: str | None) -> list[Unit]:
+        """Runs of consecutive traces."""
+        total = pq.read_metadata(context.layout.folder(model) / "traces.parquet").num_rows
+        return chunks(total, _ROWS, self.name, model)
+
+    def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
+        """Judge one run of traces."""
+        start, stop = unit.payload["start"], unit.payload["stop"]
+        traces = context.table(context.layout.folder(unit.model) / "traces.parquet")
+        rows = traces.select(["row", "trace_id", "response", "closed"]).slice(start, stop - start).to_pylist()
+        verdicts = [judge(row["response"], row["closed"]) for row in rows]
+        columns = {
+            "row": [row["row"] for row in rows],
+            "trace_id": [row["trace_id"] for row in rows],
+            "judge": ["rules"] * len(rows),
+            "outcome": [verdict.outcome for verdict in verdicts],
+            "outcome_reason": [verdict.reason for verdict in verdicts],
+        }
+        write_parquet(context.part(unit), pa.table(columns, schema=tables.OUTCOMES))
+        return {"rows": len(rows)}
+
+    def merge(self, context: Context, model: str | None) -> dict[str, Any]:
+        """Join the runs."""
+        parts = [read_parquet(context.part(unit)) for unit in self.plan(context, model)]
+        table = pa.concat_tables(parts) if parts else tables.OUTCOMES.empty_table()
+        write_parquet(self.outputs(context.layout, model)[0], table)
+        return {"traces": table.num_rows}

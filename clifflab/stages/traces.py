@@ -1,0 +1,160 @@
+"""Stage ``traces``: prompts to token-exact traces, generated or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clifflab import tables
+from clifflab.artifacts import read_parquet, write_parquet
+from clifflab.config import Study
+from clifflab.engines import Request, TransformersEngine, row_seed
+from clifflab.errors import TraceError
+from clifflab.models.loading import LoadedModel
+from clifflab.stages.base import Context, Layout, Step, Unit, chunks
+from clifflab.stages.prompts import pack_rejects, unpack_rejects
+from clifflab.text.spans import Spans
+
+
+class TracesStep(Step):
+    """Writes ``samples`` traces for every prompt; a unit is one batch, fixed by the study and not by the workers."""
+
+    name = "traces"
+    inputs = ("prompts",)
+
+    def settings(self, study: Study) -> Any:
+        """Sampling."""
+        return study.traces.model_dump(mode="json")
+
+    def outputs(self, layout: Layout, model: str | None) -> list[Path]:
+        """Traces and the prompts that could not become one."""
+        return [layout.folder(model) / "traces.parquet", layout.folder(model) / "rejects.parquet"]
+
+    def plan(self, context: Context, model: str | None) -> list[Unit]:
+        """Batches of consecutive (prompt, sample) rows."""
+        prompts = pq.read_metadata(context.layout.root / "prompts.parquet").num_rows
+        sampling = context.study.traces
+        return chunks(prompts * sampling.samples, sampling.batch_size, self.name, model)
+
+    def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
+        """Generate or render one batch."""
+        assert unit.model is not None
+        loaded, sampling = context.loaded(unit.model), context.study.traces
+        prompts = context.table(context.layout.root / "prompts.parquet")
+        wanted: list[tuple[int, int, dict[str, Any]]] = []
+        for row in range(unit.payload["start"], unit.payload["stop"]):
+            index, sample = divmod(row, sampling.samples)
+            prompt = prompts.slice(index, 1).to_pylist()[0]
+            if prompt["response"] is None or sample == 0:  # an existing trace is one trace, whatever the samples
+                wanted.append((row, sample, prompt))
+        traces: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        todo: list[tuple[dict[str, Any], list[int]]] = []
+        for row, sample, prompt in wanted:
+            base = _base(context, unit.model, row, sample, prompt)
+            try:
+                if prompt["response"] is not None:
+                    traces.append(_existing(loaded, base, prompt))
+                else:
+                    todo.append((base, _prompt_ids(loaded, prompt, sampling.max_new_tokens)))
+            except TraceError as error:
+                rejects.append(reject(self.name, base, error))
+        if todo:
+            requests = [Request(tuple(ids), row_seed(context.study.seed, base["trace_id"])) for base, ids in todo]
+            completions = TransformersEngine(loaded).generate(requests, sampling)
+            for (base, prompt_ids), completion in zip(todo, completions, strict=True):
+                spans = loaded.renderer.parse(prompt_ids, completion.ids)
+                ids = [*prompt_ids, *completion.ids]
+                traces.append(_finish(loaded, base, ids, spans, completion.finish_reason, "generated"))
+        traces.sort(key=lambda trace: trace["row"])
+        write_parquet(context.part(unit), pack_rejects(pa.Table.from_pylist(traces, schema=tables.TRACES), rejects))
+        tokens = sum(len(trace["token_ids"]) for trace in traces)
+        return {"rows": len(traces), "rejects": len(rejects), "tokens": tokens}
+
+    def merge(self, context: Context, model: str | None) -> dict[str, Any]:
+        """Join the batches; the model's rejects start with those of the prompts and end with what cannot be scored."""
+        parts = [read_parquet(context.part(unit)) for unit in self.plan(context, model)]
+        rejects = read_parquet(context.layout.root / "prompt_rejects.parquet").to_pylist()
+        for part in parts:
+            rejects += unpack_rejects(part)
+        table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
+        unclosed = TraceError("unclosed", "the thinking never ended: counted as an outcome, never scored")
+        open_ended = table.filter(pc.invert(table["closed"])).select(["set", "trace_id", "row", "id"])
+        rejects += [reject("cliff", trace, unclosed) for trace in open_ended.to_pylist()]
+        out, out_rejects = self.outputs(context.layout, model)
+        write_parquet(out, table)
+        write_parquet(out_rejects, pa.Table.from_pylist(rejects, schema=tables.REJECTS))
+        return {"traces": table.num_rows, "rejects": len(rejects)}
+
+
+def reject(stage: str, trace: dict[str, Any], error: TraceError) -> dict[str, Any]:
+    """A reject's row for one trace."""
+    return {
+        "stage": stage,
+        "set": trace["set"],
+        "source": trace["trace_id"],
+        "source_row": trace["row"],
+        "id": trace["id"],
+        "reason": error.reason,
+        "detail": error.detail,
+    }
+
+
+def _base(context: Context, model: str, row: int, sample: int, prompt: dict[str, Any]) -> dict[str, Any]:
+    """The columns that do not depend on what the model writes."""
+    users = [turn["content"] for turn in prompt["messages"] if turn["role"] == "user"]
+    return {
+        "row": row,
+        "model": model,
+        "trace_id": f"{prompt['set']}/{prompt['id']}#{sample}",
+        "id": prompt["id"],
+        "sample": sample,
+        "set": prompt["set"],
+        "label": prompt["label"],
+        "group": prompt["group"],
+        "prompt": users[-1],
+    }
+
+
+def _prompt_ids(loaded: LoadedModel, prompt: dict[str, Any], new_tokens: int) -> list[int]:
+    ids = loaded.renderer.prompt_ids(prompt["messages"])
+    if len(ids) + new_tokens > loaded.context:
+        detail = f"{len(ids)} prompt tokens and max_new_tokens {new_tokens} exceed the context of {loaded.context}"
+        raise TraceError("too_long", detail)
+    return ids
+
+
+def _existing(loaded: LoadedModel, base: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Any]:
+    ids, spans = loaded.renderer.render(prompt["messages"], prompt["thinking"], prompt["response"])
+    if len(ids) > loaded.context:
+        raise TraceError("too_long", f"{len(ids)} tokens exceed the context of {loaded.context}")
+    return _finish(loaded, base, ids, spans, "stop", "existing")
+
+
+def _finish(
+    loaded: LoadedModel, base: dict[str, Any], ids: list[int], spans: Spans, reason: str, source: str
+) -> dict[str, Any]:
+    thinking, response = loaded.renderer.texts(ids, spans)
+    return {
+        **base,
+        "thinking": thinking,
+        "response": response,
+        "token_ids": ids,
+        "prefix_end": spans.prefix_end,
+        "thinking_start": spans.thinking_start,
+        "closing_start": spans.closing_start,
+        "response_start": spans.response_start,
+        "closed": spans.closed,
+        "finish_reason": reason,
+        "source": source,
+    }
+
+
+def spans_of(trace: dict[str, Any]) -> Spans:
+    """Token borders of a row of the traces table."""
+    names = ("prefix_end", "thinking_start", "closing_start", "response_start", "closed")
+    return Spans(end=len(trace["token_ids"]), **{name: trace[name] for name in names})

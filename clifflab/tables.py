@@ -1,0 +1,128 @@
+"""Arrow schemas of every table that clifflab writes. ``docs/outputs.md`` describes the columns in words.
+
+Tables never hold a time stamp, a host name or a worker's number: two runs of one study write equal tables.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPTS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("messages", MESSAGES),
+        ("thinking", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+
+TRACES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("model", pa.string()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("sample", pa.int32()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("prompt", pa.string()),
+        ("thinking", pa.string()),
+        ("response", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("prefix_end", pa.int32()),
+        ("thinking_start", pa.int32()),
+        ("closing_start", pa.int32()),
+        ("response_start", pa.int32()),
+        ("closed", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+
+OUTCOMES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("trace_id", pa.string()),
+        ("judge", pa.string()),
+        ("outcome", pa.string()),
+        ("outcome_reason", pa.string()),
+    ]
+)
+
+REJECTS = pa.schema(
+    [
+        ("stage", pa.string()),
+        ("set", pa.string()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+PROBE_KEY = [("train_positions", pa.string()), ("estimator", pa.string()), ("layer", pa.int32())]
+
+CLIFFS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("model", pa.string()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("sample", pa.int32()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("outcome", pa.string()),
+        *PROBE_KEY,
+        ("reported", pa.bool_()),
+        ("thinking_tokens", pa.int32()),
+        ("closing_tokens", pa.int32()),
+        ("plateau", pa.float32()),
+        ("plateau_max", pa.float32()),
+        ("final", pa.float32()),
+        ("cliff", pa.float32()),
+        ("misalignment", pa.float32()),
+        ("plateau_logit", pa.float32()),
+        ("plateau_max_logit", pa.float32()),
+        ("final_logit", pa.float32()),
+        ("cliff_logit", pa.float32()),
+        ("misalignment_logit", pa.float32()),
+        ("closing_drops", pa.list_(pa.float32())),
+        ("closing_drops_logit", pa.list_(pa.float32())),
+    ]
+)
+
+CURVES = pa.schema(
+    [
+        ("model", pa.string()),
+        ("set", pa.string()),
+        ("outcome", pa.string()),
+        *PROBE_KEY,
+        ("reported", pa.bool_()),
+        ("axis", pa.string()),
+        ("position", pa.int32()),
+        ("mean", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("n", pa.int64()),
+        ("groups", pa.int64()),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("trace_id", pa.string()),
+        *PROBE_KEY,
+        ("logits", pa.list_(pa.float32())),
+    ]
+)

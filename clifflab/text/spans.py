@@ -1,0 +1,121 @@
+"""Where thinking, closing tokens and response lie in a row of token ids (SPEC section 1).
+
+Borders are characters of the model's own rendering, mapped to tokens by decoding prefixes of the ids: a tokenizer may
+merge the text around a marker, so neither a fixed number of tokens nor the marker's own ids would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from clifflab.text.formats import ThinkingFormat
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Token borders of one trace; each part is ``[start, next start)``.
+
+    Attributes:
+        prefix_end: End of the chat prefix, where the model began to write.
+        thinking_start: First thinking token.
+        closing_start: First token that ends the thinking block.
+        response_start: First token of the response.
+        end: Number of tokens.
+        closed: Whether the thinking ended. If not, the last three borders are equal.
+    """
+
+    prefix_end: int
+    thinking_start: int
+    closing_start: int
+    response_start: int
+    end: int
+    closed: bool
+
+    def __post_init__(self) -> None:
+        borders = (self.prefix_end, self.thinking_start, self.closing_start, self.response_start, self.end)
+        if self.prefix_end < 1 or any(a > b for a, b in pairwise(borders)):
+            raise ValueError(f"borders out of order: {borders}")
+
+    @property
+    def final(self) -> int:
+        """The final position: the last token before the response."""
+        return self.response_start - 1
+
+    @property
+    def thinking_tokens(self) -> int:
+        """Length of the thinking in tokens."""
+        return self.closing_start - self.thinking_start
+
+    @property
+    def closing_tokens(self) -> int:
+        """Number of closing tokens; 0 where the model has no thinking and wrote nothing before the response."""
+        return self.response_start - self.closing_start
+
+    @property
+    def scored(self) -> range:
+        """Positions with a score: thinking and closing tokens, and always the final position."""
+        return range(min(self.thinking_start, self.final), self.response_start)
+
+
+def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: ThinkingFormat, decode: Decode) -> Spans:
+    """Split a completion into thinking, closing tokens and response.
+
+    Args:
+        prefix_ids: Token ids of the chat prefix (open marker included where the template writes it).
+        completion_ids: What the model wrote, without its end-of-turn token.
+        form: The model's thinking format.
+        decode: Ids to text, special tokens kept, nothing cleaned up.
+    """
+    start, ids = len(prefix_ids), list(completion_ids)
+    end = start + len(ids)
+    text = decode(ids)
+
+    def token_at(char: int) -> int:
+        """Index of the token that holds character ``char`` (``len(ids)`` past the end)."""
+        return _first(len(ids), lambda k: _length(decode, ids[: k + 1]) > char)
+
+    def after_space(char: int) -> int:
+        """Index of the first token that holds a non-space character at or after ``char``."""
+        rest = text[char:]
+        blank = len(rest) - len(rest.lstrip())
+        return token_at(char + blank) if blank < len(rest) else len(ids)
+
+    if not form.thinks:
+        first = after_space(0)
+        return Spans(start, start, start, start + first, end, True)
+    thinking = 0
+    if not form.pre_opened:
+        lead = len(text) - len(text.lstrip())
+        if not text.startswith(form.open, lead):
+            if form.open.startswith(text[lead:]):  # cut off inside the open marker, or nothing was written
+                return Spans(start, end, end, end, end, False)
+            first = after_space(0)  # answered at once: no thinking
+            return Spans(start, start, start, start + first, end, True)
+        thinking = after_space(lead + len(form.open))
+    close = text.find(form.close)
+    if close < 0:
+        return Spans(start, start + thinking, end, end, end, False)
+    closing = token_at(close)
+    response = max(after_space(close + len(form.close)), closing + 1)
+    return Spans(start, start + min(thinking, closing), start + closing, start + response, end, True)
+
+
+def _length(decode: Decode, ids: Sequence[int]) -> int:
+    """Length of the decoded text without a trailing, still incomplete character."""
+    return len(decode(ids).rstrip("\ufffd"))
+
+
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """Smallest ``k`` in ``[0, count)`` for which the monotone predicate holds, else ``count``."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
