@@ -115,7 +115,10 @@ def load(spec: ModelSpec) -> LoadedModel:
             found.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     path = resolve_path(spec)
     cuda = torch.cuda.is_available()
     dtype = _DTYPES.get(spec.dtype, torch.bfloat16 if cuda else torch.float32)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clifflab.artifacts import code_version, fingerprint, read_parquet
 from clifflab.config import Study
@@ -21,6 +21,8 @@ from clifflab.data.files import source_hash
 
 if TYPE_CHECKING:
     from clifflab.models.loading import LoadedModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Context:
         self.study, self.layout = study, Layout(root)
         self.loads: list[dict[str, Any]] = []
         self._models: dict[str, LoadedModel] = {}
-        self._tables: dict[tuple[Path, int], Any] = {}
+        self._kept: dict[str, tuple[list[int], Any]] = {}
 
     def loaded(self, model: str) -> LoadedModel:
         """The model, loaded once; another one that this worker held before is let go."""
@@ -90,11 +92,15 @@ class Context:
 
     def table(self, path: Path) -> Any:
         """An Arrow table, read once as long as the file stays the same."""
-        key = (path, os.stat(path).st_mtime_ns) if path.exists() else (path, 0)
-        if key not in self._tables:
-            self._tables = {k: v for k, v in self._tables.items() if k[0] != path}
-            self._tables[key] = read_parquet(path)
-        return self._tables[key]
+        return self.once(f"table:{path}", [path], lambda: read_parquet(path))
+
+    def once(self, key: str, files: Sequence[Path], compute: Callable[[], T]) -> T:
+        """A value that follows from files, computed once as long as they stay the same."""
+        stamps = [os.stat(path).st_mtime_ns if path.exists() else 0 for path in files]
+        if key not in self._kept or self._kept[key][0] != stamps:
+            self._kept[key] = (stamps, compute())
+        value: T = self._kept[key][1]
+        return value
 
     def part(self, unit: Unit) -> Path:
         """File of a unit's result."""

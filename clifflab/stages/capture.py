@@ -47,6 +47,12 @@ def group_splits(context: Context) -> dict[str, str]:
 
 def probe_examples(context: Context, model: str) -> Examples:
     """Choose the probes' examples: all there are, or a seeded choice where a class has more than the cap."""
+    folder = context.layout.folder(model)
+    files = [folder / "traces.parquet", folder / "outcomes.parquet", context.layout.root / "prompts.parquet"]
+    return context.once(f"examples:{model}", files, lambda: _choose_examples(context, model))
+
+
+def _choose_examples(context: Context, model: str) -> Examples:
     folder, settings = context.layout.folder(model), context.study.probe
     traces = context.table(folder / "traces.parquet").select(["row", "label", "group"]).to_pylist()
     outcomes = context.table(folder / "outcomes.parquet")["outcome"].to_pylist()
@@ -102,7 +108,7 @@ class CaptureStep(Step):
         table = context.table(context.layout.folder(unit.model) / "traces.parquet")
         examples = probe_examples(context, unit.model)
         wanted = list(range(unit.payload["start"], unit.payload["stop"]))
-        traces = {e: table.slice(examples.rows[e], 1).to_pylist()[0] for e in wanted}
+        traces = dict(zip(wanted, table.take([examples.rows[e] for e in wanted]).to_pylist(), strict=True))
         spans = {e: spans_of(trace) for e, trace in traces.items()}
         positions = {e: even_positions(spans[e].scored, context.study.probe.max_positions) for e in wanted}
         layers = range(len(loaded.blocks))

@@ -60,7 +60,7 @@ class CliffStep(Step):
         reported = reported_layers(folder)
         table = context.table(folder / "traces.parquet")
         rows = _closed(context, unit.model)[unit.payload["start"] : unit.payload["stop"]]
-        traces = [table.slice(row, 1).to_pylist()[0] for row in rows]
+        traces = table.take(rows).to_pylist()
         records: list[dict[str, Any]] = []
         for trace, logits_KLT in zip(traces, score_traces(loaded, traces, weights, biases), strict=True):
             spans = spans_of(trace)
@@ -98,7 +98,8 @@ class CliffStep(Step):
     def _closing(self, context: Context, model: str) -> dict[str, Any]:
         """The most frequent closing tokens, and in what share of the closed traces they stand."""
         table = context.table(context.layout.folder(model) / "traces.parquet")
-        traces = [table.slice(row, 1).to_pylist()[0] for row in _closed(context, model)]
+        columns = ["token_ids", "closing_start", "response_start"]
+        traces = table.select(columns).take(_closed(context, model)).to_pylist()
         found = Counter(tuple(t["token_ids"][t["closing_start"] : t["response_start"]]) for t in traces)
         if not found:
             return {"tokens": [], "share": None}
@@ -168,5 +169,7 @@ def reported_layers(folder: Path) -> list[int]:
 
 
 def _closed(context: Context, model: str | None) -> list[int]:
-    table = context.table(context.layout.folder(model) / "traces.parquet")
-    return [row for row, closed in enumerate(table["closed"].to_pylist()) if closed]
+    """Indices of the closed traces in the traces table."""
+    path = context.layout.folder(model) / "traces.parquet"
+    closed = context.table(path)["closed"]
+    return context.once(f"closed:{model}", [path], lambda: np.flatnonzero(closed.to_numpy()).tolist())
