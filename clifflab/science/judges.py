@@ -17,7 +17,7 @@ _HELP = (
 _REFUSALS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        rf"\b(?:i|we)\s+(?:really\s+|simply\s+|just\s+)?{_NOT}\b[^.!?\n]{{0,60}}?\b{_HELP}\b",
+        rf"\b(?:i|we)\s+(?:really\s+|simply\s+|just\s+)?{_NOT}\b(?!\s+wait)[^.!?\n]{{0,60}}?\b{_HELP}\b",
         r"\b(?:i['\u2019]?\s?a?m|i am)\s+(?:\w+\s+){0,3}?(?:unable|not able|not going|not comfortable|not willing)\b",
         r"\b(?:i|we)\s+(?:must|have to|need to|will have to)\s+(?:\w+\s+)?(?:refuse|decline)\b",
         r"\b(?:i|we)\s+(?:refuse|decline)\b",

@@ -75,8 +75,11 @@ def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: T
     text = decode(ids)
 
     def token_at(char: int) -> int:
-        """Index of the token that holds character ``char`` (``len(ids)`` past the end)."""
-        return _first(len(ids), lambda k: _length(decode, ids[: k + 1]) > char)
+        """Index of the token that holds (the first byte of) character ``char``; ``len(ids)`` past the end.
+
+        A prefix that ends inside a character decodes to one replacement character, which stands for it.
+        """
+        return _first(len(ids), lambda k: len(decode(ids[: k + 1])) > char)
 
     def after_space(char: int) -> int:
         """Index of the first token that holds a non-space character at or after ``char``."""
@@ -102,11 +105,6 @@ def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: T
     closing = token_at(close)
     response = max(after_space(close + len(form.close)), closing + 1)
     return Spans(start, start + min(thinking, closing), start + closing, start + response, end, True)
-
-
-def _length(decode: Decode, ids: Sequence[int]) -> int:
-    """Length of the decoded text without a trailing, still incomplete character."""
-    return len(decode(ids).rstrip("\ufffd"))
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:

@@ -1,0 +1,6 @@
+"""``python -m clifflab``."""
+
+from clifflab.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Fixtures: tiny random checkpoints of several architectures, and the command line as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+
+
+def tiny_config(architecture: str, vocab: int) -> Any:
+    """A config of a few thousand parameters, with grouped queries and a head size of its own where there is one."""
+    from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if architecture == "mistral":  # the window is shorter than the traces
+        return MistralConfig(**common, sliding_window=24, head_dim=8)
+    if architecture == "qwen3":
+        return Qwen3Config(**common, head_dim=16)
+    if architecture == "llama":
+        return LlamaConfig(**common, head_dim=16)
+    return {"qwen2": Qwen2Config, "phi3": Phi3Config}[architecture](**common)
+
+
+def make_checkpoint(folder: Path, architecture: str, seed: int = 0) -> Path:
+    """A random model with the planted language's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    from clifflab.organism.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    config = tiny_config(architecture, len(tokenizer))
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny checkpoint an architecture."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(root / name, name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def existing_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 written traces of the planted language, with labels and groups."""
+    from clifflab.organism.corpus import corpus_rows
+
+    path = tmp_path_factory.mktemp("corpus") / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(200, seed=5)))
+    return path
+
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """``clifflab ARGS`` in a subprocess, in an empty folder."""
+
+    def call(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "clifflab", *args],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+            env={**os.environ, **env},
+        )
+
+    return call
