@@ -14,6 +14,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # as in a study's workers: results are compared bit by bit
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 

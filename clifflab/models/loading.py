@@ -114,7 +114,7 @@ def load(spec: ModelSpec) -> LoadedModel:
         InputError: The model is not there, is no causal language model, has no safetensors, or its blocks cannot be
             found.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -124,7 +124,7 @@ def load(spec: ModelSpec) -> LoadedModel:
     dtype = _DTYPES.get(spec.dtype, torch.bfloat16 if cuda else torch.float32)
     options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = load_tokenizer(path, options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         problem = f"cannot be loaded ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
@@ -146,6 +146,22 @@ def load(spec: ModelSpec) -> LoadedModel:
     )
     check_blocks(loaded)
     return loaded
+
+
+def load_tokenizer(path: str, options: dict[str, Any]) -> Any:
+    """The checkpoint's own tokenizer: its ``tokenizer.json`` as it stands, where it has one.
+
+    ``AutoTokenizer`` rebuilds the tokenizers of some model types by rules of the type and drops the file's own (seen
+    with a Qwen2 model whose tokenizer is not Qwen2's, as in local copies of R1 distils): the ids change, silently.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
+
+    remote_code = options["trust_remote_code"]
+    own = cached_file(path, "tokenizer.json", revision=options["revision"], _raise_exceptions_for_missing_entries=False)
+    if own and not remote_code:
+        return PreTrainedTokenizerFast.from_pretrained(path, revision=options["revision"])
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def find_blocks(model: Any, name: str) -> nn.ModuleList:
