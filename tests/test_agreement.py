@@ -1,0 +1,98 @@
+"""The same trace gets the same tokens and score whatever its batch mates, padding, runtime and number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import clifflab
+from clifflab.config import parse_study
+from clifflab.models import load
+from clifflab.stages.cliff import probe_tensors, reported_layers, score_traces
+from tests.conftest import ARCHITECTURES
+from tests.studies import assert_same_tables, tables_of
+
+MODELS = ("planted", *ARCHITECTURES)
+
+
+def study(checkpoints: dict[str, Path], traces: Path, **runtime: Any) -> Any:
+    paths = {"planted": "organism:planted", **{name: str(path) for name, path in checkpoints.items()}}
+    return parse_study(
+        {
+            "name": "agreement",
+            "models": [{"name": name, "path": path} for name, path in paths.items()],
+            "prompts": [
+                {
+                    "name": "written",
+                    "path": str(traces),
+                    "label": "benign",
+                    "existing": True,
+                    "columns": {"label": "label"},
+                },
+                {"name": "harmful", "path": "organism:harmful", "label": "harmful", "limit": 24},
+            ],
+            "traces": {"max_new_tokens": 48, "batch_size": 12},
+            "probe": {"min_examples": 8},
+            "cliff": {"bootstrap": 100},
+            "runtime": runtime,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def roots(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], existing_traces: Path
+) -> dict[str, Path]:
+    """The same study inline, with one Ray worker and with two."""
+    runs = {"inline": {"kind": "inline"}, "one": {"workers": 1}, "two": {"workers": 2}}
+    return {
+        name: clifflab.run(study(checkpoints, existing_traces, **runtime), tmp_path_factory.mktemp(name)).root
+        for name, runtime in runs.items()
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("other", ["one", "two"])
+def test_runtimes_and_worker_counts(roots: dict[str, Path], model: str, other: str) -> None:
+    """Ids, tokens and order exactly equal; floats to 1e-5."""
+    assert_same_tables(tables_of(roots["inline"], model), tables_of(roots[other], model), 1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_batch_sizes_and_padding(
+    roots: dict[str, Path], checkpoints: dict[str, Path], existing_traces: Path, model: str
+) -> None:
+    """Scores of the 200 written traces: batches of 1, 7 and 32, padded left and right, to 1e-4."""
+    folder = roots["inline"] / model
+    loaded = load(study(checkpoints, existing_traces).model(model))
+    weights, biases = probe_tensors(folder / "probes.safetensors")
+    traces = pq.read_table(folder / "traces.parquet").to_pylist()
+    traces = [t for t in traces if t["set"] == "written"]
+    assert len(traces) == 200
+    reference = stored_scores(folder, [t["trace_id"] for t in traces])
+    layers = reported_layers(folder)
+    # One at a time on either side is the same sequence without padding; the others are padded for real.
+    for batch, padding in ((1, "right"), (7, "left"), (7, "right"), (32, "left"), (32, "right")):
+        scored: list[Any] = []
+        for start in range(0, 200, batch):
+            scored += score_traces(loaded, traces[start : start + batch], weights, biases, padding)
+        for own, kept in zip(scored, reference, strict=True):
+            for k, layer in enumerate(layers):
+                difference = np.abs(sigmoid(own[k, layer]) - sigmoid(np.asarray(kept[k], dtype=np.float32)))
+                assert difference.max() <= 1e-4
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+def stored_scores(folder: Path, trace_ids: list[str]) -> list[list[list[float]]]:
+    """Logits of each trace by probe, as the study stored them."""
+    found: dict[str, list[list[float]]] = {}
+    for row in pq.read_table(folder / "scores.parquet").to_pylist():
+        found.setdefault(row["trace_id"], []).append(row["logits"])
+    return [found[trace_id] for trace_id in trace_ids]
