@@ -133,7 +133,7 @@ class ProbeConfig(Section):
         max_traces: Cap on traces per class; a seeded choice over groups above it.
     """
 
-    c: float = Field(default=0.1, gt=0)
+    c: float = Field(default=0.01, gt=0)
     max_positions: int = Field(default=32, ge=1)
     train_share: float = Field(default=0.5, gt=0, lt=1)
     min_examples: int = Field(default=20, ge=4)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, told apart with any kind of colour vision; line styles repeat the distinction in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
-_CLOSING_WIDTH = 6  # per cent of the thinking axis that one closing token takes
+_CLOSING_WIDTH = 9  # per cent of the thinking axis that one closing token takes
 
 
 def curves_figure(curves: pa.Table, labels: dict[str, str], closing: list[str], name: str) -> str:
@@ -29,7 +29,7 @@ def curves_figure(curves: pa.Table, labels: dict[str, str], closing: list[str], 
     """
     kinds = [kind for kind in ("harmful", "benign") if kind in labels.values()]
     tail = _tail(curves)
-    figure = Figure(figsize=(5.2 * len(kinds) + 0.8, 3.9), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(kinds) + 0.8, 4.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
         drawn = 0
@@ -64,6 +64,8 @@ def layer_map(curves: pa.Table, title: str, reported: int, closing: list[str], n
     ticks = list(range(0, len(thinking), step)) + [len(thinking) + i for i in range(len(tail))]
     names = [f"{p}%" for p in thinking[::step]] + _closing_names(closing, len(tail))
     axis.set_xticks(ticks, names, fontsize=8)
+    for label in axis.get_xticklabels()[len(ticks) - len(tail) :]:
+        label.set(rotation=60, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(0, layers, max(1, layers // 8)))
     axis.set_ylabel("layer")
     axis.set_title(title, fontsize=10)
@@ -89,12 +91,14 @@ def _frame(axis: Axes, closing: list[str], title: str, tail: int) -> None:
     axis.set_ylim(-0.02, 1.02)
     axis.set_title(title, fontsize=10)
     axis.set_xticks([0, 25, 50, 75, *places], ["0%", "25%", "50%", "75%", *_closing_names(closing, tail)], fontsize=8)
+    for label in axis.get_xticklabels()[4:]:
+        label.set(rotation=30, ha="right", rotation_mode="anchor")
     axis.set_xlabel("thinking, then closing tokens", fontsize=9)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False, loc="lower left")
+        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
 
 def _place(axis: str, position: int, tail: int) -> float:
