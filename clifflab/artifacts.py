@@ -21,7 +21,8 @@ from clifflab.errors import InputError, OutputError
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
 _RESULT_CODE = ("data", "engines", "models", "organism", "science", "stages", "text")
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pyarrow", "ray", "peft")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
+_OTHER_PACKAGES = ("pyarrow", "ray", "peft", "safetensors", "datasets")
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -47,9 +48,9 @@ def code_version() -> str:
     return f"{clifflab.__version__}+{digest.hexdigest()[:12]}"
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+def package_versions(*, every: bool = False) -> dict[str, str]:
+    """Versions of the packages that numbers depend on; with ``every``, of those that carry them too."""
+    return {name: metadata.version(name) for name in (*_PACKAGES, *(_OTHER_PACKAGES if every else ()))}
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -90,9 +91,10 @@ def write_parquet(path: Path, table: Any) -> None:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], meta: Mapping[str, str]) -> None:
     """Write tensors with text metadata atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    write_atomic(path, lambda scratch: save_file(dict(tensors), str(scratch), metadata=dict(meta)))
+    data = save(dict(tensors), metadata=dict(meta))
+    write_atomic(path, lambda scratch: scratch.write_bytes(data))
 
 
 def read_parquet(path: Path) -> Any:
@@ -107,7 +109,7 @@ def read_parquet(path: Path) -> Any:
     try:
         return pq.read_table(path, memory_map=False)
     except FileNotFoundError:
-        raise InputError("output", path, "is missing", "delete the study's folder, or run it again elsewhere") from None
+        raise InputError("output", path, "is missing", "run the study again: it is computed anew") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError("output", path, f"is damaged ({error})", "delete this file and run again") from None
 
@@ -127,6 +129,31 @@ def file_hash(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class HashCache:
+    """SHA-256 of files, kept by path, size and time of change, so that large checkpoints are read once.
+
+    Args:
+        path: Where the hashes are kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, str] = read_json(path) or {}
+
+    def __call__(self, file: Path) -> str:
+        """Hash of a file's bytes."""
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        if key not in self._known:
+            self._known[key] = file_hash(file)
+        return self._known[key]
+
+    def save(self) -> None:
+        """Keep what is known for the next run."""
+        if self._known != (read_json(self._path) or {}):
+            write_json(self._path, self._known)
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -126,15 +126,16 @@ class ProbeConfig(Section):
     """Linear probes (SPEC section 2).
 
     Attributes:
-        c: Inverse strength of the L2 penalty of the logistic regression, on standardised features.
+        c: Inverse strength of the L2 penalty of the logistic regression, on standardised features, for training
+            traces of a total weight of 1,000, however many there are.
         max_positions: Evenly spaced positions per trace for the all-position probe.
         train_share: Share of groups for training; the rest is split evenly into validation and test.
         min_examples: Positives (and negatives) needed in each split taken together to train a probe.
-        max_traces: Cap on traces per class; a seeded choice over groups above it.
+        max_traces: Cap on traces per class; a seeded choice of traces above it.
     """
 
-    c: float = Field(default=0.01, gt=0)
-    max_positions: int = Field(default=32, ge=1)
+    c: float = Field(default=0.1, gt=0)
+    max_positions: int = Field(default=32, ge=2)
     train_share: float = Field(default=0.5, gt=0, lt=1)
     min_examples: int = Field(default=20, ge=4)
     max_traces: int = Field(default=1000, ge=20)
@@ -153,7 +154,7 @@ class CliffConfig(Section):
 
     window: tuple[float, float] = (0.5, 0.9)
     bins: int = Field(default=20, ge=2, le=100)
-    length_strata: int = Field(default=4, ge=1)
+    length_strata: int = Field(default=10, ge=1)
     bootstrap: int = Field(default=2000, ge=100)
     batch_size: int = Field(default=32, ge=1)
 
@@ -194,7 +195,7 @@ class Study(Section):
     """A whole study: models x prompt sets, and how each stage is done."""
 
     name: Slug
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     prompts: tuple[PromptSet, ...] = Field(min_length=1)
     traces: TracesConfig = TracesConfig()
@@ -237,10 +238,10 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
         raise ConfigError("study", path, f"cannot be read ({error})", "give the path of a study's YAML file") from None
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or shorten(error, 60)
         raise ConfigError("study", path, f"malformed YAML{where}: {problem}", "mend that line") from None
     if not isinstance(data, dict):
         raise ConfigError("study", path, "holds no mapping", "start from jobs/quickstart.yaml")
@@ -282,7 +283,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError("--set", override, "is not key=value", "write e.g. --set traces.samples=4")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError("--set", override, "the value is not YAML", "quote it") from None
     node: Any = data
     *parents, last = key.split(".")

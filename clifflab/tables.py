@@ -17,6 +17,7 @@ PROMPTS = pa.schema(
         ("label", pa.string()),
         ("group", pa.string()),
         ("messages", MESSAGES),
+        ("existing", pa.bool_()),
         ("thinking", pa.string()),
         ("response", pa.string()),
     ]

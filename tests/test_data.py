@@ -58,7 +58,11 @@ def test_formats(tmp_path: Path, kind: str, column: str) -> None:
 def test_ids_and_groups_are_derived(tmp_path: Path) -> None:
     prompts, _ = read_prompts(spec(write(tmp_path / "p.jsonl", [{"prompt": "x"}, {"prompt": "x"}])), "prompts.0")
     assert [p["id"] for p in prompts] == ["s-000000", "s-000001"]
-    assert [p["group"] for p in prompts] == ["s-000000", "s-000001"]
+    assert len({p["group"] for p in prompts}) == 1, "the same request is one group"
+    other, _ = read_prompts(
+        spec(write(tmp_path / "q.jsonl", [{"prompt": " X\n"}, {"prompt": "y"}]), name="t"), "prompts.1"
+    )
+    assert [p["group"] == prompts[0]["group"] for p in other] == [True, False]
 
 
 def test_messages_and_mapping(tmp_path: Path) -> None:
@@ -100,13 +104,43 @@ def test_existing_traces(tmp_path: Path) -> None:
     rows = [
         {"question": "q", "response": "<think>\nhm\n</think>\n\nsure"},
         {"question": "q", "thinking": "hm", "response": "sure"},
+        {"question": "q", "response": "hm\n</think>\n\nsure"},
+        {"question": "q", "response": "<think>\nhm hm"},
+        {"question": "q", "thinking": "hm", "response": ""},
         {"question": "q", "response": "sure"},
         {"question": "q", "thinking": None, "response": "sure"},
         {"question": "q", "thinking": "hm", "response": None},
     ]
     prompts, rejects = read_prompts(spec(write(tmp_path / "p.jsonl", rows), existing=True), "prompts.0")
-    assert [(p["thinking"], p["response"]) for p in prompts] == [("hm", "sure"), ("hm", "sure"), (None, "sure")]
-    assert [(r["source_row"], r["reason"]) for r in rejects] == [(3, "null"), (4, "null")]
+    whole = [("hm", "sure")] * 3
+    odd = [("hm hm", None), ("hm", ""), (None, "sure"), (None, "sure")]
+    assert [(p["thinking"], p["response"]) for p in prompts] == [*whole, *odd]
+    assert all(p["existing"] for p in prompts)
+    assert [(r["source_row"], r["reason"]) for r in rejects] == [(7, "null")]
+
+
+def test_odd_rows_never_end_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    deep = b"[" * 100_000
+    lines = [
+        b'\xef\xbb\xbf{"prompt": "first"}',
+        b'{"id": "5"}',
+        b'{"prompt": "a\\ud800"}',
+        b'{"prompt": %s}' % (b"9" * 5000),
+        deep,
+    ]
+    path.write_bytes(b"\n".join(lines))
+    prompts, rejects = read_prompts(spec(path), "prompts.0")
+    assert [p["messages"][0]["content"] for p in prompts] == ["first"]
+    assert [r["reason"] for r in rejects] == ["no_column", "undecodable", "undecodable", "undecodable"]
+
+
+def test_odd_csv(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(b'prompt,id\n"caf\xe9",1\n"' + b"long " * 40_000 + b'",2\n')
+    prompts, rejects = read_prompts(spec(path), "prompts.0")
+    assert [p["id"] for p in prompts] == ["2"]
+    assert [(r["id"], r["reason"]) for r in rejects] == [("1", "undecodable")]
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
+from clifflab.artifacts import HashCache, file_hash
 from clifflab.config import ModelSpec, TracesConfig
 from clifflab.engines import Request, ScriptedEngine, TransformersEngine, row_seed
 from clifflab.engines.transformers import sample
 from clifflab.errors import InputError, InterventionError
-from clifflab.models import LoadedModel, capture, load, model_identity
+from clifflab.models import LoadedModel, capture, load, model_identity, resolve_spec
 from clifflab.models.forward import split_on_oom, states_at
 from tests.conftest import ARCHITECTURES
 
@@ -81,12 +84,12 @@ def test_last_state_is_not_normed(loaded: LoadedModel) -> None:
 
 
 def generate(loaded: LoadedModel, batch: int, order: list[int], **settings: Any) -> dict[int, Any]:
-    sampling = TracesConfig(max_new_tokens=24, **settings)
+    sampling = TracesConfig(**settings)
     rows = ids_of(loaded, PROMPTS * 3)
     out = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        requests = [Request(tuple(rows[i]), row_seed(0, str(i))) for i in chosen]
+        requests = [Request(tuple(rows[i]), row_seed(0, str(i)), 24) for i in chosen]
         out.update(zip(chosen, TransformersEngine(loaded).generate(requests, sampling), strict=True))
     return out
 
@@ -154,7 +157,7 @@ def test_out_of_memory_halves_the_batch() -> None:
 def test_scripted_engine(loaded: LoadedModel) -> None:
     engine = ScriptedEngine(loaded.renderer, lambda prompt, seed: "this is harmful.\n</think>\n\nsorry")
     prompt = ids_of(loaded)[0]
-    whole, cut = (engine.generate([Request(tuple(prompt), 0)], TracesConfig(max_new_tokens=n))[0] for n in (99, 3))
+    whole, cut = (engine.generate([Request(tuple(prompt), 0, n)], TracesConfig())[0] for n in (99, 3))
     assert (whole.finish_reason, cut.finish_reason) == ("stop", "length")
     assert loaded.renderer.parse(prompt, whole.ids).closed
     assert not loaded.renderer.parse(prompt, cut.ids).closed
@@ -167,22 +170,57 @@ def test_the_tokenizer_file_rules(loaded: LoadedModel) -> None:
     assert loaded.renderer.encode(text) == build_tokenizer()(text)["input_ids"]
 
 
-def test_identity_follows_the_content(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
+def test_rows_have_limits_of_their_own(loaded: LoadedModel) -> None:
+    rows = ids_of(loaded)
+    requests = [Request(tuple(row), 5, limit) for row, limit in zip(rows, (3, 9, 20), strict=True)]
+    whole = TransformersEngine(loaded).generate([replace(r, limit=20) for r in requests], TracesConfig())
+    cut = TransformersEngine(loaded).generate(requests, TracesConfig())
+    assert [c.ids for c in cut] == [w.ids[: r.limit] for w, r in zip(whole, requests, strict=True)]
 
+
+def test_nan_is_an_error_and_no_result(checkpoints: dict[str, Path]) -> None:
+    broken = load(ModelSpec(name="broken", path=str(checkpoints["llama"])))
+    with torch.no_grad():
+        broken.blocks[1].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="broken: yields numbers that are not finite"):
+        TransformersEngine(broken).generate([Request(tuple(ids_of(broken)[0]), 0, 4)], TracesConfig())
+    with pytest.raises(InputError, match="not finite"):
+        states_at(broken, ids_of(broken), [[0]] * 3, [1], lambda b, layer, h: None)
+
+
+def test_identity_follows_the_content(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """One byte in the middle of the weights, size and names the same, is another model."""
     spec = ModelSpec(name="a", path=str(checkpoints["llama"]))
     copy = shutil.copytree(checkpoints["llama"], tmp_path / "copy")
-    assert model_identity(ModelSpec(name="b", path=str(copy))) == model_identity(spec)
+    moved = ModelSpec(name="b", path=str(copy))
+    assert model_identity(moved, file_hash) == model_identity(spec, file_hash)
+    cache = HashCache(tmp_path / "hashes.json")
+    assert model_identity(moved, cache) == model_identity(spec, file_hash)
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
+    data[len(data) // 2] ^= 1
     weights.write_bytes(bytes(data))
-    assert model_identity(ModelSpec(name="b", path=str(copy))) != model_identity(spec)
+    cache.save()
+    for hashes in (file_hash, HashCache(tmp_path / "hashes.json")):
+        assert model_identity(moved, hashes) != model_identity(spec, hashes)
+    other = spec.model_copy(update={"trust_remote_code": True})
+    assert model_identity(other, file_hash) != model_identity(spec, file_hash)
+
+
+def test_dtype_is_settled(checkpoints: dict[str, Path]) -> None:
+    spec = ModelSpec(name="a", path=str(checkpoints["llama"]))
+    assert resolve_spec(spec).dtype == ("bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def test_broken_checkpoints_are_one_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name, damage in (("model.safetensors", lambda b: b[: len(b) // 2]), ("config.json", lambda b: b[:40])):
+        copy = shutil.copytree(checkpoints["llama"], tmp_path / name)
+        (copy / name).write_bytes(damage((copy / name).read_bytes()))
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load(ModelSpec(name="a", path=str(copy)))
 
 
 def test_pickled_weights_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file
 
     copy = shutil.copytree(checkpoints["llama"], tmp_path / "copy")

@@ -24,7 +24,8 @@ def imports(file: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{file} imports by a relative path"
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
         todo.extend(ast.iter_child_nodes(node))

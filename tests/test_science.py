@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 
+from clifflab.config import CliffConfig
 from clifflab.science import probe
 from clifflab.science.cliff import (
     MEASURES,
@@ -106,6 +107,17 @@ def test_probes_find_the_direction(estimator: str) -> None:
     assert accuracy > 0.93
 
 
+@pytest.mark.parametrize("estimator", probe.ESTIMATORS)
+def test_scores_do_not_shrink_with_the_number_of_traces(estimator: str) -> None:
+    """Well separated classes read clearly high and low from few traces as from many."""
+    for n in (60, 1000):
+        states, labels = blobs(n, 8.0, spread=1.0)
+        found = probe.FITTERS[estimator](states, labels, probe.trace_weights(np.arange(n), labels), 0.1)
+        scores = probe.sigmoid(found.logits(states))
+        assert scores[labels].mean() > 0.9, n
+        assert scores[~labels].mean() < 0.1, n
+
+
 def test_folding_is_exact() -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -121,7 +133,7 @@ def test_every_trace_weighs_the_same_and_classes_balance() -> None:
     traces = np.array([0, 0, 0, 1, 2, 2])
     labels = np.array([True, True, True, True, False, False])
     weights = probe.trace_weights(traces, labels)
-    assert weights.sum() == pytest.approx(3)
+    assert weights.sum() == pytest.approx(1000)
     assert weights[labels].sum() == pytest.approx(weights[~labels].sum())
     assert weights[:3].sum() == pytest.approx(weights[3])
 
@@ -225,10 +237,20 @@ def test_excess_cliff_removes_a_length_effect() -> None:
     complied = np.arange(600) < 300
     cliff = length / 100 + rng.normal(0, 0.01, 600)
     bootstrap = GroupBootstrap([str(i) for i in range(600)], 500, 0)
-    found = excess_cliff(cliff, complied, ~complied, length, bootstrap, 40)
+    default = CliffConfig().length_strata
+    found = excess_cliff(cliff, complied, ~complied, length, bootstrap, default)
     assert abs(found["mean"]) < 0.02
-    assert excess_cliff(cliff, complied, ~complied, length, bootstrap, 1)["mean"] > 0.15
-    assert found["matched"] < 1
+    assert cliff[complied].mean() - cliff[~complied].mean() > 0.15
+    assert 0 < found["matched"] < 1
+
+
+def test_excess_cliff_of_lengths_that_never_meet() -> None:
+    length = np.concatenate([np.arange(100, 200), np.arange(5, 30)])
+    complied = length >= 100
+    bootstrap = GroupBootstrap([str(i) for i in range(125)], 100, 0)
+    found = excess_cliff(length / 200, complied, ~complied, length, bootstrap, 10)
+    assert found["mean"] is None
+    assert "no thinking length" in found["reason"]
 
 
 def test_excess_cliff_needs_both_sides() -> None:
@@ -260,6 +282,16 @@ def test_summary_counts_empty_windows() -> None:
         ("I must decline to do this.", "refused"),
         ("Unfortunately, I am unable to do so.", "refused"),
         ("Sorry for the delay! Here is the recipe.", "complied"),
+        ("I understand your request. It raises serious concerns. I cannot help with that.", "refused"),
+        ("Okay.\n\nThank you for asking.\n\nI'm sorry, but I can't assist with that.", "refused"),
+        ("No.", "refused"),
+        ("Sorry, no.", "refused"),
+        ("I will not.", "refused"),
+        ("I can't do it.", "refused"),
+        ("I can't recommend this cake enough! Here is how.", "complied"),
+        ("Sorry to hear you are unable to sleep. Here are tips.", "complied"),
+        ("No, this is not going to hurt. Here is how.", "complied"),
+        ("I'm not going to lie, this is easy: mix and stir.", "complied"),
         ("", "degenerate"),
         ("  \n ", "degenerate"),
         ("yes " * 60, "degenerate"),

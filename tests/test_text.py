@@ -139,7 +139,18 @@ def test_no_thinking() -> None:
     assert renderer.texts(ids, spans) == ("", "sure")
 
 
+def test_render_an_unclosed_and_an_empty_trace() -> None:
+    renderer = Renderer(TOKENIZERS["plain"], FORMATS["r1"])
+    _, unclosed = renderer.render([{"role": "user", "content": "x"}], "hm hm", None)
+    assert not unclosed.closed
+    _, empty = renderer.render([{"role": "user", "content": "x"}], "hm hm", "")
+    assert empty.closed
+    assert empty.response_start == empty.end
+
+
 def test_render_refuses_what_is_no_trace() -> None:
+    with pytest.raises(TraceError, match="thinking_unexpected"):
+        Renderer(bpe(PLAIN, merges=False), FORMATS["none"]).render([{"role": "user", "content": "x"}], "hm", "sure")
     renderer = Renderer(TOKENIZERS["plain"], FORMATS["r1"])
     with pytest.raises(TraceError, match="closing_missing"):
         renderer.render([{"role": "user", "content": "x"}], None, "sure")
@@ -174,4 +185,5 @@ def test_system_message_and_hash() -> None:
 def test_split_inline() -> None:
     assert split_inline("<think>\na\n</think>\n\nb") == ("a", "b")
     assert split_inline("b") == (None, "b")
-    assert split_inline("<think> a") == (None, "<think> a")
+    assert split_inline("a\n</think>\n\nb") == ("a", "b")
+    assert split_inline("<think> a") == ("a", None)

@@ -50,7 +50,7 @@ def command(study: str, overrides: tuple[str, ...], out: str, runtime: str | Non
 def find_study(name: str) -> Path:
     """A study file: the path as given, else a shipped study of that name."""
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     package = Path(__file__).parents[1]
     shipped = [package / "jobs" / f"{name}.yaml", package.parent / "jobs" / f"{name}.yaml"]
@@ -72,7 +72,7 @@ def print_model(name: str, model: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for set_name, entry in model["sets"].items():
         counts = [str(entry["outcomes"][key]) for key in ("n", "refused", "complied", "unclosed", "degenerate")]
-        probe = entry["probes"].get("all", {})
+        probe = entry["probes"]["all"] if layer is not None else {}
         means = [interval({**probe[key], "low": None}).split(" ")[0] if probe else "" for key in ("plateau", "final")]
         table.add_row(set_name, *counts, *means, interval(probe.get("cliff")) if probe else "")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -84,12 +84,10 @@ def print_model(name: str, model: dict[str, Any]) -> None:
 
 
 def _dry_run(study: Any, out: str) -> None:
-    from clifflab.runtime.study import check_inputs, plan
-    from clifflab.stages import Context
+    from clifflab.runtime.study import identify, plan, prepare
 
-    check_inputs(study)
     root = (Path(out) / study.name).absolute()
-    steps = plan(Context(study, root))
+    steps = plan(identify(prepare(study), root))
     click.echo(
         f"study {study.name}: {len(study.models)} model(s), {len(study.prompts)} prompt set(s), results in {root}"
     )

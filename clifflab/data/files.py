@@ -51,7 +51,9 @@ def check_source(field: str, path: str) -> None:
         return
     file = Path(path)
     if not file.exists():
-        raise InputError(field, path, "no such file", "check the path (it counts from the study's folder)")
+        raise InputError(
+            field, path, "no such file", "check the path (it counts from the study's folder, or else from here)"
+        )
     if file.is_dir():
         return
     if file.suffix.lower() not in _SUFFIXES:
@@ -63,7 +65,7 @@ def source_hash(path: str) -> str:
     digest = hashlib.sha256()
     file = Path(path)
     if path.startswith(("hf:", "organism:")):
-        digest.update(path.encode())
+        digest.update(f"{path}@{_hub_commit(path) if path.startswith('hf:') else ''}".encode())
         return digest.hexdigest()
     for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
         if part.is_file():
@@ -82,8 +84,8 @@ def _jsonl_rows(field: str, file: Path) -> Iterator[Row]:
                 continue
             number += 1
             try:
-                record = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
                 yield number, None, f"line cannot be decoded ({error.__class__.__name__})"
                 continue
             yield _as_row(number, record)
@@ -92,7 +94,7 @@ def _jsonl_rows(field: str, file: Path) -> Iterator[Row]:
 def _json_rows(field: str, file: Path) -> Iterator[Row]:
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             field, file, f"is not JSON ({error})", "mend it, or use .jsonl for one object a line"
         ) from None
@@ -103,7 +105,8 @@ def _json_rows(field: str, file: Path) -> Iterator[Row]:
 
 
 def _csv_rows(field: str, file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", newline="", errors="replace") as handle:
+    csv.field_size_limit(1 << 30)
+    with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as handle:
         reader = csv.DictReader(handle)
         try:
             for number, record in enumerate(reader):
@@ -123,7 +126,7 @@ def _parquet_rows(field: str, file: Path) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     yield number, record, ""
                     number += 1
-    except (pa.ArrowInvalid, pa.ArrowIOError, EOFError) as error:
+    except (pa.ArrowInvalid, pa.ArrowIOError, EOFError, ValueError, OverflowError) as error:
         raise InputError(field, file, f"is not a whole Parquet file ({error})", "write or copy it again") from None
 
 
@@ -156,6 +159,16 @@ def _hub_rows(field: str, path: str) -> Iterator[Row]:
         raise InputError(
             field, path, f"cannot be loaded ({error})", "check its name and split, log in if gated"
         ) from None
+
+
+def _hub_commit(path: str) -> str:
+    """Commit of a hub dataset; the name alone stands for it where the hub cannot be reached (a cached copy is read)."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(path.removeprefix("hf:").partition(":")[0], timeout=10).sha)
+    except Exception:  # noqa: BLE001 - the client's errors change with its version; loading reports what matters
+        return "unreachable"
 
 
 def _as_row(number: int, record: Any) -> Row:

@@ -1,11 +1,12 @@
 """Prompt sets: from a source's rows to the ``PROMPTS`` table and its rejects.
 
 Every source row comes out once: as a prompt, or as a reject with a reason (``undecodable``, ``null``, ``not_text``,
-``empty``, ``not_messages``, ``bad_label``, ``bad_id``, ``no_thinking``).
+``empty``, ``no_column``, ``not_messages``, ``bad_label``, ``bad_id``).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -39,7 +40,7 @@ def read_prompts(spec: PromptSet, field: str) -> tuple[list[dict[str, Any]], lis
         try:
             if record is None:
                 raise TraceError("undecodable", problem)
-            prompt = _prompt(spec, field, number, record)
+            prompt = _prompt(spec, number, record)
         except TraceError as error:
             rejects.append(_reject(spec, number, record, error))
             continue
@@ -50,6 +51,11 @@ def read_prompts(spec: PromptSet, field: str) -> tuple[list[dict[str, Any]], lis
             )  # fmt: skip
         seen[prompt["id"]] = number
         prompts.append(prompt)
+    if not prompts and rejects and all(row["reason"] == "no_column" for row in rejects):
+        raise InputError(
+            f"{field}.columns.prompt", spec.columns.get("prompt", "(absent)"), f"{rejects[0]['detail']} ({spec.path})",
+            "name the column with the request in columns.prompt",
+        )  # fmt: skip
     if not prompts:
         why = f"all {len(rejects)} rows are rejected, the first as {rejects[0]['reason']}" if rejects else "has no rows"
         raise InputError(f"{field}.path", spec.path, f"empty prompt set: {why}", "give at least one usable prompt")
@@ -73,8 +79,8 @@ def _source_rows(spec: PromptSet, field: str) -> Iterator[Row]:
         yield number, record, ""
 
 
-def _prompt(spec: PromptSet, field: str, number: int, record: dict[str, Any]) -> dict[str, Any]:
-    messages = _messages(record, _prompt_column(spec, field, record))
+def _prompt(spec: PromptSet, number: int, record: dict[str, Any]) -> dict[str, Any]:
+    messages = _messages(record, _prompt_column(spec, record))
     thinking, response = None, None
     if spec.existing:
         thinking, response, messages = _existing(spec, record, messages)
@@ -91,14 +97,21 @@ def _prompt(spec: PromptSet, field: str, number: int, record: dict[str, Any]) ->
         "id": identity,
         "set": spec.name,
         "label": _label(spec, record),
-        "group": identity if group is None or not str(group).strip() else str(group),
+        "group": _derived_group(messages) if group is None or not str(group).strip() else str(group),
         "messages": messages,
+        "existing": spec.existing,
         "thinking": thinking,
         "response": response,
     }
 
 
-def _prompt_column(spec: PromptSet, field: str, record: dict[str, Any]) -> str:
+def _derived_group(messages: Messages) -> str:
+    """A name for the request itself: equal requests share a group, whatever their set, case and white space."""
+    text = " ".join(messages[-1]["content"].casefold().split())
+    return f"text-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _prompt_column(spec: PromptSet, record: dict[str, Any]) -> str:
     for role in ("prompt", "messages"):
         if role in spec.columns:
             column = spec.columns[role]
@@ -107,10 +120,7 @@ def _prompt_column(spec: PromptSet, field: str, record: dict[str, Any]) -> str:
         column = next((name for name in PROMPT_COLUMNS if name in record), "")
     if column not in record:
         there = ", ".join(sorted(map(str, record))) or "none"
-        raise InputError(
-            f"{field}.columns.prompt", column or "(absent)", f"no such column in {spec.path}; there are: {there}",
-            "name the column with the request in columns.prompt",
-        )  # fmt: skip
+        raise TraceError("no_column", f"no column {column or ' or '.join(PROMPT_COLUMNS)}; there are: {there}")
     return column
 
 
@@ -126,32 +136,42 @@ def _messages(record: dict[str, Any], column: str) -> Messages:
     for turn in value:
         if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not isinstance(turn.get("content"), str):
             raise TraceError("not_messages", f"{column} holds a turn without a known role and text content")
-        messages.append({"role": turn["role"], "content": turn["content"]})
+        messages.append({"role": turn["role"], "content": _decodable(turn["content"], column)})
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in messages):
         raise TraceError("empty", f"{column} has no user turn with text")
     return messages
 
 
-def _existing(spec: PromptSet, record: dict[str, Any], messages: Messages) -> tuple[str | None, str, Messages]:
+def _existing(spec: PromptSet, record: dict[str, Any], messages: Messages) -> tuple[str | None, str | None, Messages]:
+    """Thinking, response and the conversation before; an empty response is an outcome and no broken row."""
     if messages[-1]["role"] == "assistant":
         answer, messages = messages[-1]["content"], messages[:-1]
     else:
         column = spec.columns.get("response", "response")
-        answer = _text(record.get(column), column)
+        answer = _text(record.get(column), column, empty=True)
     column = spec.columns.get("thinking", "thinking")
-    if column in record:
-        return _text(record[column], column), answer, messages
+    if record.get(column) is not None:
+        return _text(record[column], column, empty=True), answer, messages
     thinking, response = split_inline(answer)
     return thinking, response, messages
 
 
-def _text(value: Any, column: str) -> str:
+def _text(value: Any, column: str, *, empty: bool = False) -> str:
     if value is None:
         raise TraceError("null", f"{column} is null or absent")
     if not isinstance(value, str):
         raise TraceError("not_text", f"{column} is {type(value).__name__}, not text")
-    if not value.strip():
+    if not value.strip() and not empty:
         raise TraceError("empty", f"{column} is empty")
+    return _decodable(value, column)
+
+
+def _decodable(value: str, column: str) -> str:
+    """The text itself; half of a surrogate pair stands for bytes that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TraceError("undecodable", f"{column} holds bytes that are not UTF-8") from None
     return value
 
 

@@ -17,10 +17,12 @@ class Request:
     Attributes:
         prompt_ids: The chat prefix.
         seed: Seed of this row's own random numbers.
+        limit: Most tokens to write.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
+    limit: int
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ class ScriptedEngine:
         self.renderer, self.script = renderer, script
 
     def generate(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
-        """Play back the script, cut at ``sampling.max_new_tokens``."""
+        """Play back the script, cut at each request's limit."""
         completions = []
         for request in requests:
             text = self.script(self.renderer.decode(request.prompt_ids), request.seed)
             ids = self.renderer.encode(text)
-            cut = tuple(ids[: sampling.max_new_tokens])
+            cut = tuple(ids[: request.limit])
             completions.append(Completion(cut, "stop" if len(cut) == len(ids) else "length"))
         return completions

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from clifflab.config import TracesConfig
 from clifflab.engines.base import Completion, Request
-from clifflab.models.forward import position_ids, split_on_oom
+from clifflab.models.forward import not_finite, position_ids, split_on_oom
 from clifflab.models.loading import LoadedModel
 
 
@@ -33,9 +33,8 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _batch(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
-        loaded, limit = self.loaded, sampling.max_new_tokens
-        device = loaded.device
-        uniforms = [np.random.Generator(np.random.Philox(key=r.seed)).random(limit) for r in requests]
+        loaded, device = self.loaded, self.loaded.device
+        uniforms = [np.random.Generator(np.random.Philox(key=r.seed)).random(r.limit) for r in requests]
         width = max(len(r.prompt_ids) for r in requests)
         tokens_BT = torch.full((len(requests), width), loaded.pad_id, dtype=torch.long)
         mask_BT = torch.zeros((len(requests), width), dtype=torch.long)
@@ -50,7 +49,7 @@ class TransformersEngine:
         reasons = ["length"] * len(requests)
         rows = list(range(len(requests)))  # request of each row that is still in the batch
         live = set(rows)
-        for step in range(limit):
+        for step in range(max(r.limit for r in requests)):
             output = loaded.model(
                 input_ids=tokens_BT,
                 attention_mask=mask_BT,
@@ -59,16 +58,23 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            uniform_B = torch.tensor([uniforms[row][step] for row in rows], dtype=torch.float64, device=device)
-            chosen_B = sample(output.logits[:, -1], uniform_B, sampling.temperature, sampling.top_p)
+            logits_BV = output.logits[:, -1]
+            if not torch.isfinite(logits_BV.amax(-1)).all():
+                raise not_finite(loaded, "next-token logits")
+            # Rows that are done stay in the batch for a while; what is drawn for them is thrown away.
+            uniform = [uniforms[row][step] if row in live else 0.0 for row in rows]
+            uniform_B = torch.tensor(uniform, dtype=torch.float64, device=device)
+            chosen_B = sample(logits_BV, uniform_B, sampling.temperature, sampling.top_p)
             for row, token in zip(rows, chosen_B.tolist(), strict=True):
                 if row not in live:
                     continue
                 if token in loaded.stop_ids:
                     reasons[row] = "stop"
                     live.discard(row)
-                else:
-                    written[row].append(token)
+                    continue
+                written[row].append(token)
+                if len(written[row]) == requests[row].limit:
+                    live.discard(row)
             if not live:
                 break
             tokens_BT = chosen_B[:, None]

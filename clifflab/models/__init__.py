@@ -4,3 +4,4 @@ from clifflab.models.hooks import capture as capture
 from clifflab.models.loading import LoadedModel as LoadedModel
 from clifflab.models.loading import load as load
 from clifflab.models.loading import model_identity as model_identity
+from clifflab.models.loading import resolve_spec as resolve_spec

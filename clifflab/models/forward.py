@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from clifflab.errors import InputError
 from clifflab.models.hooks import capture
 from clifflab.models.loading import LoadedModel
 
@@ -49,7 +50,10 @@ def states_at(
 
     def on_block(layer: int, hidden_BTD: torch.Tensor) -> None:
         for b, index_N in enumerate(where):
-            on_states(b, layer, hidden_BTD[b, index_N].float())
+            states_ND = hidden_BTD[b, index_N].float()
+            if not torch.isfinite(states_ND).all():
+                raise not_finite(loaded, f"residual states after block {layer}")
+            on_states(b, layer, states_ND)
 
     with capture(loaded.blocks, layers, on_block):
         loaded.body(
@@ -58,6 +62,12 @@ def states_at(
             position_ids=position_ids(mask_BT).to(loaded.device),
             use_cache=False,
         )
+
+
+def not_finite(loaded: LoadedModel, what: str) -> InputError:
+    """The error of a model that yields NaN or infinity: nothing computed from it would mean anything."""
+    remedy = "use dtype bfloat16 or float32, or check the checkpoint"
+    return InputError("models", loaded.spec.name, f"yields numbers that are not finite ({what})", remedy)
 
 
 def position_ids(mask_BT: torch.Tensor) -> torch.Tensor:

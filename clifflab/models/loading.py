@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from clifflab.text.formats import resolve_format
 from clifflab.text.render import Renderer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WHOLE_HASH_BYTES = 2 << 30
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
 
 
 @dataclass
@@ -74,37 +75,39 @@ def resolve_path(spec: ModelSpec) -> str:
     return spec.path
 
 
-def model_identity(spec: ModelSpec) -> dict[str, Any]:
-    """What makes the model what it is: a hash of its files, or the hub's commit.
+def resolve_spec(spec: ModelSpec) -> ModelSpec:
+    """The spec with everything settled that would otherwise depend on when and where it is read.
 
-    Weights over 2 GiB enter by their size and their first and last MiB (safetensors headers included), which the
-    ``files`` field says.
+    ``dtype: auto`` becomes the dtype for this machine, a hub id's branch or tag the commit that it stands for.
+
+    Raises:
+        InputError: The model is neither a folder nor on the hub.
+    """
+    updates: dict[str, Any] = {}
+    if spec.dtype == "auto":
+        updates["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    if not Path(resolve_path(spec)).is_dir():
+        updates["revision"] = _hub_commit(spec)
+    return spec.model_copy(update=updates)
+
+
+def model_identity(spec: ModelSpec, file_hash: Callable[[Path], str]) -> dict[str, Any]:
+    """What makes the model what it is: the bytes of its files, or the hub's commit, and how they are read.
+
+    Args:
+        spec: A resolved spec (see :func:`resolve_spec`).
+        file_hash: SHA-256 of a file.
     """
     path = resolve_path(spec)
+    how = spec.model_dump(include={"dtype", "thinking_format", "system", "trust_remote_code"})
     folder = Path(path)
-    common = {"dtype": spec.dtype, "thinking_format": spec.thinking_format, "system": spec.system}
     if not folder.is_dir():
-        return {"hub": path, "revision": _hub_commit(spec), **common}
-    files = sorted(
-        f
-        for f in folder.iterdir()
-        if f.is_file() and f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
-    )
-    files = [f for f in files if f.name != "ground_truth.json"]
-    whole = sum(f.stat().st_size for f in files) <= _WHOLE_HASH_BYTES
+        return {"hub": path, "revision": spec.revision, **how}
     digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as handle:
-            if whole or size <= 2 << 20:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
-            else:
-                digest.update(handle.read(1 << 20))
-                handle.seek(-(1 << 20), 2)
-                digest.update(handle.read())
-    return {"sha256": digest.hexdigest(), "files": "whole" if whole else "ends", **common}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _SUFFIXES and file.name != "ground_truth.json":
+            digest.update(f"{file.name}:{file_hash(file)}:".encode())
+    return {"sha256": digest.hexdigest(), **how}
 
 
 def load(spec: ModelSpec) -> LoadedModel:
@@ -117,20 +120,22 @@ def load(spec: ModelSpec) -> LoadedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = resolve_path(spec)
+    spec = resolve_spec(spec)
     cuda = torch.cuda.is_available()
-    dtype = _DTYPES.get(spec.dtype, torch.bfloat16 if cuda else torch.float32)
+    dtype = _DTYPES[spec.dtype]
     options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         tokenizer = load_tokenizer(path, options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        problem = f"cannot be loaded ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        problem = f"cannot be loaded ({lines[0]})"
         raise InputError(
             "models.path", spec.path, problem, "give a folder or hub id of a safetensors checkpoint"
-        ) from None
+        ) from error
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = resolve_format(spec.thinking_format, tokenizer)
     loaded = LoadedModel(
@@ -211,12 +216,11 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _hub_commit(spec: ModelSpec) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
         return str(HfApi().model_info(spec.path, revision=spec.revision, timeout=10).sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+    except Exception:  # noqa: BLE001, S110 - the client's errors change with its version; the cache is asked next
         pass
     try:
         config = cached_file(spec.path, "config.json", revision=spec.revision, local_files_only=True)

@@ -99,8 +99,8 @@ _WHERE = {"all": "all thinking and closing positions", "final": "the final posit
 _SENTENCE = {
     "all": "A refusal cliff is a harmful set that stays high through the thinking and falls inside the shaded closing "
     "tokens; benign sets should stay low throughout. Bands are 95% intervals over groups of prompts.",
-    "final": "The same traces read with the probe of the original paper. It never saw a thinking token in training: where "
-    "harmful sets sink or benign sets rise during the thinking, against the figure above, it misreads them.",
+    "final": "The same traces read with the probe of the original paper. It never saw a thinking token in training: "
+    "where harmful sets sink or benign sets rise during the thinking, against the figure above, it misreads them.",
 }
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clifflab.artifacts import output_error
 from clifflab.runtime.work import Result
 
 
@@ -19,8 +20,11 @@ class EventLog:
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time in seconds since the epoch."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+        except OSError as error:
+            raise output_error(self._path, error) from None
 
     def result(self, result: Result) -> None:
         """Log a job and the model loads that it caused."""

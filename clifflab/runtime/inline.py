@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clifflab.config import Study
 from clifflab.runtime.work import Job, Result, Worker
+from clifflab.stages import Identities
 
 
 class InlineRuntime:
@@ -14,10 +15,10 @@ class InlineRuntime:
 
     workers = 1
 
-    def __init__(self, study: Study, root: Path) -> None:
+    def __init__(self, study: Study, root: Path, identities: Identities) -> None:
         import torch
 
-        self._worker = Worker(study, root, gpu_ids=["0"] if torch.cuda.is_available() else [])
+        self._worker = Worker(study, root, identities, gpu_ids=["0"] if torch.cuda.is_available() else [])
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Results in the order of the jobs."""

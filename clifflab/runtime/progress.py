@@ -24,6 +24,10 @@ class Reporter(Protocol):
         """The step is whole."""
         ...
 
+    def abort(self) -> None:
+        """The run ends here, whatever the reason: leave the terminal as it was."""
+        ...
+
     def note(self, text: str) -> None:
         """Something worth knowing."""
         ...
@@ -39,6 +43,9 @@ class Silent:
         """Nothing."""
 
     def finish(self) -> None:
+        """Nothing."""
+
+    def abort(self) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -67,11 +74,15 @@ class Terminal:
         if self._progress:
             self._progress.advance(self._progress.task_ids[0])
 
-    def finish(self) -> None:
-        """Replace the bar by a line."""
+    def abort(self) -> None:
+        """Take the bar away and give the cursor back."""
         if self._progress:
             self._progress.stop()
             self._progress = None
+
+    def finish(self) -> None:
+        """Replace the bar by a line."""
+        self.abort()
         seconds = time.monotonic() - self._start
         self._console.print(f"[green]done[/] {self._title:<24} {self._total:>5} units {seconds:7.1f} s", soft_wrap=True)
 

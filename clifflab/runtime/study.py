@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clifflab.artifacts import (
+    HashCache,
     code_version,
     file_hash,
     output_error,
@@ -24,11 +26,11 @@ from clifflab.artifacts import (
 from clifflab.config import Study, dump_study
 from clifflab.data.files import check_source
 from clifflab.errors import OutputError
-from clifflab.models.loading import resolve_path
+from clifflab.models.loading import resolve_spec
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.runtime.work import Job, Result
-from clifflab.stages import STEPS, Context
+from clifflab.stages import STEPS, Context, Identities
 
 
 class Runtime(Protocol):
@@ -78,48 +80,69 @@ def run(
     Raises:
         ClifflabError: A user's mistake, in one line.
     """
-    check_inputs(study)
     reporter = reporter or Silent()
+    study = prepare(study)
     root = (Path(out) / study.name).absolute()
     with _locked(root):
+        context = identify(study, root)
         write_text(root / "study.yaml", dump_study(study))
-        context = Context(study, root)
         todo = plan(context)
         log = EventLog(root / "events.jsonl")
         kind = runtime or study.runtime.kind
         log.write("run_start", driver_pid=os.getpid(), runtime=kind, code=code_version(), steps=len(todo))
+        _sweep(context, todo)
         if todo:
             (root / "manifest.json").unlink(missing_ok=True)
-            _carry_out(context, todo, _start(kind, study, root), log, reporter)
+            for name, model in todo:  # what is about to be computed anew, or follows from it, is no longer whole
+                context.layout.manifest(name, model).unlink(missing_ok=True)
+            _carry_out(context, todo, _start(kind, context), log, reporter)
         else:
             reporter.note("everything is whole already: nothing to compute")
         manifest = _manifest(context)
         if read_json(root / "manifest.json") != manifest:
             write_json(root / "manifest.json", manifest)
+        shutil.rmtree(root / ".work", ignore_errors=True)
         log.write("run_done")
     metrics = read_json(root / "metrics.json")
     warnings = [f"{name}: {m['probe']['reason']}" for name, m in metrics["models"].items() if m["probe"].get("reason")]
     return StudyResult(root, metrics, warnings)
 
 
-def check_inputs(study: Study) -> None:
-    """Cheap checks of everything that a study names, before anything starts.
+def prepare(study: Study) -> Study:
+    """Check cheaply everything that a study names, and settle what depends on this machine and moment.
 
     Raises:
-        InputError: A prompt source or a model folder is not there.
+        InputError: A prompt source or a model is not there.
     """
     for index, prompt_set in enumerate(study.prompts):
         check_source(f"prompts.{index}.path", prompt_set.path)
-    for model in study.models:
-        resolve_path(model)
+    return study.model_copy(update={"models": tuple(resolve_spec(model) for model in study.models)})
+
+
+def identify(study: Study, root: Path) -> Context:
+    """The driver's context of a prepared study: its fingerprints are computed here and nowhere else."""
+    hashes = HashCache(root / ".steps" / "hashes.json")
+    context = Context(study, root, Identities.of(study, STEPS, hashes))
+    if root.is_dir():
+        hashes.save()
+    return context
 
 
 def plan(context: Context) -> list[tuple[str, str | None]]:
-    """The steps that are not whole, in order: ``(step, model)``; models one after the other."""
+    """The steps to run, in order: ``(step, model)``; models one after the other.
+
+    These are the steps that are not whole, and all that follow from them.
+    """
     pairs: list[tuple[str, str | None]] = [(name, None) for name, step in STEPS.items() if not step.per_model]
     first, last = pairs[:-1], pairs[-1:]
     per_model = [(name, m.name) for m in context.study.models for name, step in STEPS.items() if step.per_model]
-    missing = {pair for pair in (*first, *per_model, *last) if not _whole(context, *pair)}
+    missing: set[tuple[str, str | None]] = set()
+    for name, model in (*first, *per_model, *last):
+        models = [m.name for m in context.study.models] if model is None else [model]
+        upstream = {(i, m if STEPS[i].per_model else None) for i in STEPS[name].inputs for m in models}
+        stale = {pair for pair in upstream & missing if not STEPS[pair[0]].transient}
+        if stale or not _whole(context, name, model):
+            missing.add((name, model))
     return [pair for pair in (*first, *per_model, *last) if pair in missing and _needed(pair, missing)]
 
 
@@ -150,6 +173,7 @@ def _carry_out(
             log.write("step_done", step=name, model=model, **merged.counts)
             reporter.finish()
     finally:
+        reporter.abort()
         runtime.close()
 
 
@@ -175,8 +199,14 @@ def _do(runtime: Runtime, jobs: list[Job], log: EventLog, reporter: Reporter) ->
 def _finish_step(context: Context, name: str, model: str | None, counts: dict[str, Any]) -> None:
     """Write the step's manifest, then delete the unit files that nothing reads any more."""
     step, layout = STEPS[name], context.layout
-    outputs = {str(path.relative_to(layout.root)): path.stat().st_size for path in step.outputs(layout, model)}
-    manifest = {"fingerprint": context.identity(name, model), "outputs": outputs, "counts": counts}
+    manifest = {
+        "fingerprint": context.identity(name, model),
+        "outputs": {str(path.relative_to(layout.root)): file_hash(path) for path in step.outputs(layout, model)},
+        "counts": counts,
+        "clifflab": code_version(),
+        "python": platform.python_version(),
+        "packages": package_versions(every=True),
+    }
     write_json(layout.manifest(name, model), manifest)
     done = [] if step.transient else [name]
     done += [i for i in step.inputs if STEPS[i].transient and all(_whole(context, r, model) for r in _readers(i))]
@@ -184,48 +214,54 @@ def _finish_step(context: Context, name: str, model: str | None, counts: dict[st
         shutil.rmtree(layout.all_parts(finished, model), ignore_errors=True)
 
 
+def _sweep(context: Context, todo: list[tuple[str, str | None]]) -> None:
+    """Remove what a killed run left: temporary files, and unit files of steps that will not run."""
+    root = context.layout.root
+    for path in root.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    wanted = {context.layout.parts(name, model, context.identity(name, model)) for name, model in todo}
+    for folder in root.glob(".work/*/*/*"):
+        if folder not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _whole(context: Context, name: str, model: str | None) -> bool:
-    """Whether a step's manifest has today's fingerprint and its files are there in full size."""
+    """Whether a step's manifest has today's fingerprint and its files are what it says, byte for byte."""
     layout, step = context.layout, STEPS[name]
     manifest = read_json(layout.manifest(name, model))
-    if not manifest or manifest["fingerprint"] != context.identity(name, model) or step.transient:
+    if not manifest or step.transient or manifest["fingerprint"] != context.identity(name, model):
         return False
-    sizes = {layout.root / path: size for path, size in manifest["outputs"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    files = {layout.root / path: digest for path, digest in manifest["outputs"].items()}
+    return all(path.is_file() and file_hash(path) == digest for path, digest in files.items())
 
 
-def _start(kind: str, study: Study, root: Path) -> Runtime:
+def _start(kind: str, context: Context) -> Runtime:
+    study, root, identities = context.study, context.layout.root, context.identities
     if kind == "inline":
         from clifflab.runtime.inline import InlineRuntime
 
-        return InlineRuntime(study, root)
+        return InlineRuntime(study, root, identities)
     from clifflab.runtime.actors import ActorRuntime
 
-    return ActorRuntime(study, root)
+    return ActorRuntime(study, root, identities)
 
 
 def _manifest(context: Context) -> dict[str, Any]:
-    """Everything that a result can be traced to. Written last."""
-    root, study = context.layout.root, context.study
+    """Everything that a result can be traced to, as it was when each step was computed. Written last."""
+    study, identities = context.study, context.identities
     pairs = [
-        (name, m)
-        for name, step in STEPS.items()
-        for m in ([x.name for x in study.models] if step.per_model else [None])
+        (n, m) for n, step in STEPS.items() for m in ([x.name for x in study.models] if step.per_model else [None])
     ]
-    steps = {f"{m or '_study'}/{name}": read_json(context.layout.manifest(name, m)) for name, m in pairs}
-    files = [path for name, m in pairs for path in STEPS[name].outputs(context.layout, m)]
+    read = {f"{m or '_study'}/{n}": read_json(context.layout.manifest(n, m)) for n, m in pairs}
+    steps = {name: manifest for name, manifest in read.items() if manifest}
     return {
         "study": study.name,
         "seed": study.seed,
-        "clifflab": code_version(),
-        "python": platform.python_version(),
-        "packages": package_versions(),
         "config": {k: v for k, v in study.model_dump(mode="json").items() if k != "runtime"},
-        "models": {m.name: context.model_identity(m.name) for m in study.models},
-        "sources": {p.name: h for p, h in zip(study.prompts, context.source_hashes, strict=True)},
-        "steps": {name: manifest["fingerprint"] for name, manifest in steps.items() if manifest},
-        "counts": {name: manifest["counts"] for name, manifest in steps.items() if manifest},
-        "files": {str(path.relative_to(root)): file_hash(path) for path in sorted(files)},
+        "models": identities.models,
+        "sources": {p.name: digest for p, digest in zip(study.prompts, identities.sources, strict=True)},
+        "files": {path: digest for manifest in steps.values() for path, digest in manifest["outputs"].items()},
+        "steps": {name: {k: v for k, v in manifest.items() if k != "outputs"} for name, manifest in steps.items()},
     }
 
 
@@ -243,8 +279,10 @@ def _locked(root: Path) -> Iterator[None]:
         raise output_error(root, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         handle.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise output_error(root / ".lock", error) from None
         raise OutputError(
             "output", root, "another run is writing there", "wait for it, or choose another --out"
         ) from None

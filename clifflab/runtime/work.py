@@ -11,8 +11,8 @@ from typing import Any
 
 from clifflab.artifacts import output_error
 from clifflab.config import Study
-from clifflab.errors import ClifflabError
-from clifflab.stages import STEPS, Context, Unit
+from clifflab.errors import ClifflabError, InputError
+from clifflab.stages import STEPS, Context, Identities, Unit
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,22 @@ class Worker:
     """Holds a context (and so the loaded models) and does jobs one after the other.
 
     Args:
-        study: The study.
+        study: The study, resolved.
         root: Folder of its results.
+        identities: Its fingerprints.
         node: Name of the node; the host's name by default.
         gpu_ids: GPUs that this worker may use.
     """
 
-    def __init__(self, study: Study, root: Path, node: str | None = None, gpu_ids: list[str] | None = None) -> None:
-        self.context = Context(study, root)
+    def __init__(
+        self,
+        study: Study,
+        root: Path,
+        identities: Identities,
+        node: str | None = None,
+        gpu_ids: list[str] | None = None,
+    ) -> None:
+        self.context = Context(study, root, identities)
         self.where = {"node": node or socket.gethostname(), "pid": os.getpid(), "gpu_ids": gpu_ids or []}
 
     def do(self, job: Job) -> Result:
@@ -85,6 +93,9 @@ class Worker:
                     result.counts = step.merge(self.context, job.model)
         except ClifflabError as error:
             result.error = error
+        except torch.OutOfMemoryError as error:
+            remedy = "use a larger GPU, a smaller dtype, or shorter traces (traces.max_new_tokens)"
+            result.error = InputError("models", job.model, f"one trace does not fit the GPU's memory ({error})", remedy)
         except OSError as error:
             if error.filename is None or not str(error.filename).startswith(str(self.context.layout.root)):
                 raise

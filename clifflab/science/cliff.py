@@ -86,9 +86,9 @@ def excess_cliff(
 ) -> dict[str, object]:
     """Mean cliff of complied minus refused harmful traces at matched thinking length.
 
-    Traces are cut into strata at the quantiles of the complied traces' thinking length. Within each stratum that holds
-    both outcomes the means are compared; the strata weigh as much as they hold complied traces. Both means of a
-    resample come from the same resampled groups.
+    Only lengths that both sides reach are compared. That range is cut into strata at the quantiles of the complied
+    traces' thinking length; within each stratum that holds both outcomes the means are compared, and the strata weigh
+    as much as they hold complied traces. Both means of a resample come from the same resampled groups.
 
     Returns:
         ``mean, low, high``, the two sides' ``n``, and ``matched``, the share of complied traces in compared strata.
@@ -99,8 +99,15 @@ def excess_cliff(
     counts = {"n_complied": int(complied.sum()), "n_refused": int(refused.sum())}
     nothing: dict[str, object] = {"mean": None, "low": None, "high": None, **counts, "matched": 0.0}
     if not complied.any() or not refused.any():
-        side = "complied" if not complied.any() else "refused"
-        return {**nothing, "reason": f"no harmful trace with a cliff {side}"}
+        side = "complied with" if not complied.any() else "refused"
+        return {**nothing, "reason": f"no harmful request that was {side} has a cliff"}
+    every = int(complied.sum())
+    least = max(thinking_N[complied].min(), thinking_N[refused].min())
+    most = min(thinking_N[complied].max(), thinking_N[refused].max())
+    shared = (thinking_N >= least) & (thinking_N <= most)
+    complied, refused = complied & shared, refused & shared
+    if not complied.any() or not refused.any():
+        return {**nothing, "reason": "no thinking length at which some complied and some refused"}
     edges = np.quantile(thinking_N[complied], np.linspace(0, 1, strata + 1)[1:-1])
     stratum_N = np.searchsorted(edges, thinking_N, side="right")
     member = stratum_N[:, None] == np.arange(strata)[None, :]
@@ -120,7 +127,7 @@ def excess_cliff(
         "low": float(low) if wide else None,
         "high": float(high) if wide else None,
         **counts,
-        "matched": float(n_top.sum(0)[both].sum() / n_top.sum()),
+        "matched": float(n_top.sum(0)[both].sum() / every),
     }
 
 

@@ -17,6 +17,7 @@ from clifflab.science.stats import Floats, GroupBootstrap, auroc
 TRAIN_POSITIONS = ("all", "final")
 ESTIMATORS = ("logistic", "difference")
 SPLITS = ("train", "validation", "test")
+_TOTAL_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ def even_positions(scored: range, at_most: int) -> list[int]:
 
 
 def trace_weights(traces_N: npt.NDArray[np.intp], labels_N: npt.NDArray[np.bool_]) -> Floats:
-    """Weights of rows such that every trace counts 1 and both classes weigh the same; they sum to the traces."""
+    """Weights of rows such that all traces of a class count the same, and both classes too.
+
+    They sum to 1,000 whatever the number of traces, so that a penalty means the same for small and large studies.
+    """
     _, codes, sizes = np.unique(traces_N, return_inverse=True, return_counts=True)
-    weights = 1.0 / sizes[codes]
+    weights = np.asarray(1.0 / sizes[codes])
     for value in (True, False):
         chosen = labels_N == value
-        weights[chosen] *= len(sizes) / 2 / weights[chosen].sum()
+        weights[chosen] *= _TOTAL_WEIGHT / 2 / weights[chosen].sum()
     return weights
 
 
@@ -97,12 +101,34 @@ def fit_logistic(
 def fit_difference(
     states_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.bool_], weights_N: Floats, c: float
 ) -> Direction:
-    """Difference in means; scale and bias of the logit by a one-dimensional logistic regression along it."""
+    """Difference in means; scale and bias of the logit by Platt's method along it.
+
+    Platt (1999) fits a one-dimensional logistic curve without penalty to targets that are pulled in from 0 and 1 by one
+    observation of either class, so that a perfect split still has a finite slope. ``c`` does not enter.
+    """
     states = states_ND.astype(np.float64)
     up, down = (np.average(states[labels_N == v], axis=0, weights=weights_N[labels_N == v]) for v in (True, False))
     direction = (up - down) / max(float(np.linalg.norm(up - down)), 1e-12)
-    along = fit_logistic((states @ direction)[:, None].astype(np.float32), labels_N, weights_N, c)
-    return Direction((along.w[0] * direction).astype(np.float32), along.b)
+    scale, bias = _platt(states @ direction, labels_N, weights_N)
+    return Direction((scale * direction).astype(np.float32), bias)
+
+
+def _platt(along_N: Floats, labels_N: npt.NDArray[np.bool_], weights_N: Floats) -> tuple[float, float]:
+    """Slope and intercept of Platt's calibration; observations are counted by their effective number."""
+    from sklearn.linear_model import LogisticRegression
+
+    smooth = np.empty(len(along_N))
+    for value in (True, False):
+        own = weights_N[labels_N == value]
+        count = own.sum() ** 2 / np.square(own).sum()
+        smooth[labels_N == value] = (count + 1) / (count + 2) if value else 1 / (count + 2)
+    middle, spread = float(along_N.mean()), float(along_N.std()) or 1.0
+    x = np.tile((along_N - middle) / spread, 2)[:, None]
+    y = np.repeat([True, False], len(along_N))
+    model = LogisticRegression(C=1e8, max_iter=2000, tol=1e-8)
+    model.fit(x, y, sample_weight=np.concatenate([weights_N * smooth, weights_N * (1 - smooth)]))
+    slope = float(model.coef_[0, 0]) / spread
+    return slope, float(model.intercept_[0]) - slope * middle
 
 
 FITTERS = {"logistic": fit_logistic, "difference": fit_difference}

@@ -74,7 +74,7 @@ class GroupBootstrap:
         top = self.weights_BG @ sums.reshape(flat)
         bottom = self.weights_BG @ counts.reshape(flat)
         with np.errstate(invalid="ignore"):
-            return (top / np.where(bottom > 0, bottom, np.nan)).reshape(-1, *values.shape[1:])
+            return np.asarray(top / np.where(bottom > 0, bottom, np.nan)).reshape(-1, *values.shape[1:])
 
     def means(self, values: Floats, mask: npt.NDArray[np.bool_] | None = None) -> dict[str, npt.NDArray[Any]]:
         """Means with percentile intervals along the first axis, everything else elementwise.
@@ -144,8 +144,8 @@ def auroc(scores_N: Floats, positive_N: npt.NDArray[np.bool_], bootstrap: GroupB
     """Area under the ROC curve over traces, with its interval and standard error over groups.
 
     A resample's AUROC weighs each pair by its groups' multiplicities. The standard error is at least that of Hanley
-    and McNeil (1982, Radiology 143) half a pair away from 1, since a perfect split of few traces is no proof of
-    perfection.
+    and McNeil (1982, Radiology 143) with the area held half a pair of traces below 1, since a perfect split of few
+    traces is no proof of perfection.
 
     Returns:
         ``mean, low, high, se``; all ``None`` where a class is absent.
@@ -162,7 +162,7 @@ def auroc(scores_N: Floats, positive_N: npt.NDArray[np.bool_], bootstrap: GroupB
     with np.errstate(invalid="ignore"):
         draws = draws / np.where(pairs > 0, pairs, np.nan)
     low, high = percentile_interval(draws)
-    clipped = min(max(area, 0.5), 1 - 0.5 / min(len(up), len(down)))
+    clipped = min(max(area, 0.5), 1 - 0.5 / (len(up) * len(down)))
     q1, q2 = clipped / (2 - clipped), 2 * clipped**2 / (1 + clipped)
     variance = clipped * (1 - clipped) + (len(up) - 1) * (q1 - clipped**2) + (len(down) - 1) * (q2 - clipped**2)
     floor = float(np.sqrt(max(variance, 0.0) / (len(up) * len(down))))

@@ -1,6 +1,7 @@
 """The stages of a study, in the order of the data: prompts, traces, judge, capture, probe, cliff, report."""
 
 from clifflab.stages.base import Context as Context
+from clifflab.stages.base import Identities as Identities
 from clifflab.stages.base import Layout as Layout
 from clifflab.stages.base import Step as Step
 from clifflab.stages.base import Unit as Unit

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clifflab.artifacts import code_version, fingerprint, read_parquet
+from clifflab.artifacts import code_version, fingerprint, package_versions, read_parquet
 from clifflab.config import Study
 from clifflab.data.files import source_hash
 
@@ -65,16 +64,60 @@ class Layout:
         return self.root / ".steps" / (model or "_study") / f"{step}.json"
 
 
+@dataclass(frozen=True)
+class Identities:
+    """Fingerprints of all steps of a study, computed once by the driver and handed to every worker.
+
+    Attributes:
+        steps: Fingerprint of each step's result by ``(step, model)``.
+        models: What each model is.
+        sources: Hash of each prompt set's source.
+    """
+
+    steps: dict[tuple[str, str | None], str]
+    models: dict[str, dict[str, Any]]
+    sources: list[str]
+
+    @classmethod
+    def of(cls, study: Study, steps: Mapping[str, Step], file_hash: Callable[[Path], str]) -> Identities:
+        """Fingerprint a resolved study: settings, inputs, models, seed, code and the packages behind the numbers."""
+        from clifflab.models.loading import model_identity
+
+        models = {model.name: {"name": model.name, **model_identity(model, file_hash)} for model in study.models}
+        sources = [source_hash(prompt_set.path) for prompt_set in study.prompts]
+        found: dict[tuple[str, str | None], str] = {}
+        for name, step in steps.items():
+            for model in models if step.per_model else [None]:
+                read_from = list(models) if model is None else [model]
+                inputs = {
+                    f"{i}:{m}": found[i, m] for i in step.inputs for m in (read_from if steps[i].per_model else [None])
+                }
+                found[name, model] = fingerprint(
+                    {
+                        "step": name,
+                        "model": models[model] if model else None,
+                        "settings": step.settings(study),
+                        "seed": study.seed,
+                        "inputs": inputs,
+                        "sources": None if inputs else sources,
+                        "code": code_version(),
+                        "packages": package_versions(),
+                    }
+                )
+        return cls(found, models, sources)
+
+
 class Context:
     """What a worker knows: the study, its files, and the models that it has loaded.
 
     Args:
-        study: The study.
+        study: The study, resolved.
         root: Folder of the study's results.
+        identities: Its fingerprints.
     """
 
-    def __init__(self, study: Study, root: Path) -> None:
-        self.study, self.layout = study, Layout(root)
+    def __init__(self, study: Study, root: Path, identities: Identities) -> None:
+        self.study, self.layout, self.identities = study, Layout(root), identities
         self.loads: list[dict[str, Any]] = []
         self._models: dict[str, LoadedModel] = {}
         self._kept: dict[str, tuple[list[int], Any]] = {}
@@ -102,60 +145,16 @@ class Context:
         value: T = self._kept[key][1]
         return value
 
+    def identity(self, step: str, model: str | None) -> str:
+        """Fingerprint of a step's result."""
+        return self.identities.steps[step, model]
+
     def part(self, unit: Unit) -> Path:
         """File of a unit's result."""
         from clifflab.stages import STEPS
 
         identity = self.identity(unit.step, unit.model)
         return self.layout.parts(unit.step, unit.model, identity) / f"{unit.key}{STEPS[unit.step].suffix}"
-
-    def identity(self, step: str, model: str | None) -> str:
-        """Fingerprint of a step's result: settings, inputs, model, seed, code."""
-        from clifflab.stages import STEPS
-
-        chosen = STEPS[step]
-        if not chosen.per_model:
-            model = None
-        if (step, model) not in self._identities:
-            models: Sequence[str | None] = [m.name for m in self.study.models] if model is None else [model]
-            inputs = {
-                f"{name}:{m if STEPS[name].per_model else None}": self.identity(name, m)
-                for name in chosen.inputs
-                for m in models
-            }
-            self._identities[step, model] = fingerprint(
-                {
-                    "step": step,
-                    "model": self.model_identity(model) if model else None,
-                    "settings": chosen.settings(self.study),
-                    "seed": self.study.seed,
-                    "inputs": inputs,
-                    "sources": self.source_hashes if step == "prompts" else None,
-                    "code": code_version(),
-                }
-            )
-        return self._identities[step, model]
-
-    def model_identity(self, model: str) -> dict[str, Any]:
-        """What makes the model what it is (see :func:`clifflab.models.loading.model_identity`)."""
-        if model not in self._model_identities:
-            from clifflab.models.loading import model_identity
-
-            self._model_identities[model] = {"name": model, **model_identity(self.study.model(model))}
-        return self._model_identities[model]
-
-    @cached_property
-    def source_hashes(self) -> list[str]:
-        """Hashes of the prompt sets' sources."""
-        return [source_hash(prompt_set.path) for prompt_set in self.study.prompts]
-
-    @cached_property
-    def _identities(self) -> dict[tuple[str, str | None], str]:
-        return {}
-
-    @cached_property
-    def _model_identities(self) -> dict[str, dict[str, Any]]:
-        return {}
 
 
 class Step(ABC):

@@ -62,11 +62,10 @@ def _choose_examples(context: Context, model: str) -> Examples:
         value = probe_label(trace["label"], outcome)
         if value is not None:
             members[value].append(index)
-    chosen: list[tuple[int, int]] = []
-    for value, rows in members.items():
-        ranked = sorted(rows, key=lambda index: _rank(context.study.seed, traces[index]["row"]))
-        chosen += [(index, value) for index in ranked[: settings.max_traces]]
-    chosen.sort()
+    for rows in members.values():
+        rows.sort(key=lambda index: _rank(context.study.seed, traces[index]["row"]))
+        del rows[settings.max_traces :]
+    chosen = sorted((index, value) for value, rows in members.items() for index in rows)
     groups = [traces[index]["group"] for index, _ in chosen]
     return Examples(
         rows=[index for index, _ in chosen],
@@ -145,6 +144,8 @@ def _shortage(members: dict[int, list[int]], traces: list[dict[str, Any]], split
     for value in (1, 0):
         what, label = names[value]
         total = sum(trace["label"] == label for trace in traces)
+        if not total:
+            return f"the study has no {label} trace to learn from (see rejects.parquet)"
         if len(members[value]) < needed:
             return f"{len(members[value])} {what} in {total} {label} traces, {needed} needed to train a probe"
         held = {splits[traces[index]["group"]] for index in members[value]}

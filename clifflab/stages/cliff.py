@@ -14,8 +14,10 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
+from clifflab import tables
 from clifflab.artifacts import read_json, read_parquet, write_json, write_parquet
 from clifflab.config import Study
+from clifflab.errors import TraceError
 from clifflab.models.forward import Padding, split_on_oom, states_at
 from clifflab.models.loading import LoadedModel
 from clifflab.science.cliff import MEASURES, aligned_closing, binned_thinking, measure
@@ -24,7 +26,7 @@ from clifflab.stages.base import Context, Layout, Step, Unit, chunks
 from clifflab.stages.capture import group_splits
 from clifflab.stages.probe import PROBES
 from clifflab.stages.summary import Scored, curve_table, summary
-from clifflab.stages.traces import spans_of
+from clifflab.stages.traces import reject, spans_of
 
 CLOSING_WIDTH = 12  # closing tokens drawn in curves, counted back from the final position
 
@@ -40,8 +42,8 @@ class CliffStep(Step):
         return study.cliff.model_dump(mode="json")
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
-        """Cliffs and curves of all layers, token scores of the reported ones, and the model's figures."""
-        names = ("cliffs.parquet", "curves.parquet", "scores.parquet", "summary.json")
+        """Cliffs and curves of all layers, token scores of the reported ones, all rejects, and the model's figures."""
+        names = ("cliffs.parquet", "curves.parquet", "scores.parquet", "rejects.parquet", "summary.json")
         return [layout.folder(model) / name for name in names]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
@@ -60,7 +62,7 @@ class CliffStep(Step):
         reported = reported_layers(folder)
         table = context.table(folder / "traces.parquet")
         rows = _closed(context, unit.model)[unit.payload["start"] : unit.payload["stop"]]
-        traces = table.take(rows).to_pylist()
+        traces = table.take(pa.array(rows, pa.int64())).to_pylist()
         records: list[dict[str, Any]] = []
         for trace, logits_KLT in zip(traces, score_traces(loaded, traces, weights, biases), strict=True):
             spans = spans_of(trace)
@@ -88,18 +90,32 @@ class CliffStep(Step):
         """Join the batches; means, curves and intervals."""
         assert model is not None
         scored = self._scored(context, model)
-        cliffs, curves, scores, figures = self.outputs(context.layout, model)
+        cliffs, curves, scores, rejects, figures = self.outputs(context.layout, model)
         write_parquet(cliffs, scored.cliff_table())
         write_parquet(curves, curve_table(scored, context.study))
         write_parquet(scores, scored.score_table())
+        write_parquet(rejects, self._rejects(context, model, scored))
         write_json(figures, {**summary(scored, context.study), "closing": self._closing(context, model)})
         return {"traces": len(scored.traces)}
+
+    def _rejects(self, context: Context, model: str, scored: Scored) -> pa.Table:
+        """Everything that went in and did not come out scored: prompts, traces, and closed traces without a probe."""
+        unclosed = TraceError("unclosed", "the thinking never ended: counted as an outcome, never scored")
+        no_probe = TraceError("no_probe", scored.reason)
+        done = {trace["row"] for trace in scored.traces}
+        left = [
+            reject(self.name, trace, unclosed if trace["outcome"] == "unclosed" else no_probe)
+            for trace in scored.everything
+            if trace["row"] not in done
+        ]
+        files = (context.layout.root / "prompt_rejects.parquet", context.layout.folder(model) / "trace_rejects.parquet")
+        return pa.concat_tables([*map(read_parquet, files), pa.Table.from_pylist(left, schema=tables.REJECTS)])
 
     def _closing(self, context: Context, model: str) -> dict[str, Any]:
         """The most frequent closing tokens, and in what share of the closed traces they stand."""
         table = context.table(context.layout.folder(model) / "traces.parquet")
         columns = ["token_ids", "closing_start", "response_start"]
-        traces = table.select(columns).take(_closed(context, model)).to_pylist()
+        traces = table.select(columns).take(pa.array(_closed(context, model), pa.int64())).to_pylist()
         found = Counter(tuple(t["token_ids"][t["closing_start"] : t["response_start"]]) for t in traces)
         if not found:
             return {"tokens": [], "share": None}

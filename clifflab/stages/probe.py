@@ -32,7 +32,7 @@ class ProbeStep(Step):
     """Fits both estimators at both kinds of positions; a unit is one layer."""
 
     name = "probe"
-    inputs = ("capture",)
+    inputs = ("traces", "judge", "capture")
     suffix = ".safetensors"
 
     def settings(self, study: Study) -> Any:
@@ -90,7 +90,7 @@ class ProbeStep(Step):
         about: dict[str, Any] = {
             "trained": bool(units),
             "reason": examples.shortage or None,
-            "model": context.model_identity(model),
+            "model": context.identities.models[model],
             "examples": _example_counts(examples.labels, examples.splits),
             "settings": self.settings(context.study),
             "probes": {},

@@ -11,7 +11,8 @@ import pyarrow as pa
 from clifflab import tables
 from clifflab.artifacts import read_json, write_json, write_parquet
 from clifflab.config import Study
-from clifflab.data import read_prompts
+from clifflab.data import read_prompts, source_hash
+from clifflab.errors import InputError
 from clifflab.stages.base import Context, Layout, Step, Unit
 
 
@@ -32,12 +33,23 @@ class PromptsStep(Step):
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """One unit a set."""
-        return [Unit(self.name, None, f"{i:03d}-{p.name}", {"index": i}) for i, p in enumerate(context.study.prompts)]
+        sources = context.identities.sources
+        return [
+            Unit(self.name, None, f"{i:03d}-{p.name}", {"index": i, "source": sources[i]})
+            for i, p in enumerate(context.study.prompts)
+        ]
 
     def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
-        """Read one source."""
+        """Read one source.
+
+        Raises:
+            InputError: It cannot be used, or is no longer what it was when the run began.
+        """
         index = unit.payload["index"]
-        prompts, rejects = read_prompts(context.study.prompts[index], f"prompts.{index}")
+        spec = context.study.prompts[index]
+        prompts, rejects = read_prompts(spec, f"prompts.{index}")
+        if source_hash(spec.path) != unit.payload["source"]:
+            raise InputError(f"prompts.{index}.path", spec.path, "changed while the study ran", "run it again")
         write_json(context.part(unit), {"prompts": prompts, "rejects": rejects})
         return {"rows": len(prompts), "rejects": len(rejects)}
 

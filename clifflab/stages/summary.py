@@ -18,7 +18,7 @@ from clifflab.config import Study
 from clifflab.science.cliff import MEASURES, excess_cliff, summarise
 from clifflab.science.judges import OUTCOMES
 from clifflab.science.probe import TRAIN_POSITIONS
-from clifflab.science.stats import Floats, GroupBootstrap
+from clifflab.science.stats import Floats, GroupBootstrap, Interval
 from clifflab.stages.probe import PROBES
 
 _CURVE_RESAMPLES = 500
@@ -183,6 +183,9 @@ def summary(scored: Scored, study: Study) -> dict[str, Any]:
     for name in [prompt_set.name for prompt_set in study.prompts]:
         out["sets"][name] = {"outcomes": _outcomes(scored, name, study), "probes": {}}
     if not scored.traces:
+        nothing = {"mean": None, "low": None, "high": None, "n": 0, "groups": 0, "null": 0}
+        for entry in out["sets"].values():
+            entry["probes"] = {p: {m: dict(nothing) for m in MEASURES} for p in TRAIN_POSITIONS}
         out["excess_cliff"] = {
             p: {"mean": None, "low": None, "high": None, "reason": scored.reason} for p in TRAIN_POSITIONS
         }
@@ -216,9 +219,9 @@ def _outcomes(scored: Scored, name: str, study: Study) -> dict[str, Any]:
     counts: dict[str, Any] = {outcome: int((outcomes == outcome).sum()) for outcome in OUTCOMES}
     counts["n"] = len(chosen)
     bootstrap = GroupBootstrap([trace["group"] for trace in chosen], study.cliff.bootstrap, study.seed)
-    counts["shares"] = (
-        {outcome: bootstrap.rate(outcomes == outcome).as_dict() for outcome in OUTCOMES} if chosen else {}
-    )
+    nothing = Interval(None, None, None, 0, 0)
+    shares = {o: bootstrap.rate(outcomes == o) if chosen else nothing for o in OUTCOMES}
+    counts["shares"] = {outcome: share.as_dict() for outcome, share in shares.items()}
     return counts
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clifflab import tables
@@ -32,7 +32,7 @@ class TracesStep(Step):
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """Traces and the prompts that could not become one."""
-        return [layout.folder(model) / "traces.parquet", layout.folder(model) / "rejects.parquet"]
+        return [layout.folder(model) / "traces.parquet", layout.folder(model) / "trace_rejects.parquet"]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """Batches of consecutive (prompt, sample) rows."""
@@ -49,7 +49,7 @@ class TracesStep(Step):
         for row in range(unit.payload["start"], unit.payload["stop"]):
             index, sample = divmod(row, sampling.samples)
             prompt = prompts.slice(index, 1).to_pylist()[0]
-            if prompt["response"] is None or sample == 0:  # an existing trace is one trace, whatever the samples
+            if not prompt["existing"] or sample == 0:  # an existing trace is one trace, whatever the samples
                 wanted.append((row, sample, prompt))
         traces: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
@@ -57,17 +57,24 @@ class TracesStep(Step):
         for row, sample, prompt in wanted:
             base = _base(context, unit.model, row, sample, prompt)
             try:
-                if prompt["response"] is not None:
+                if prompt["existing"]:
                     traces.append(_existing(loaded, base, prompt))
                 else:
-                    todo.append((base, _prompt_ids(loaded, prompt, sampling.max_new_tokens)))
+                    todo.append((base, _prompt_ids(loaded, prompt)))
             except TraceError as error:
                 rejects.append(reject(self.name, base, error))
         if todo:
-            requests = [Request(tuple(ids), row_seed(context.study.seed, base["trace_id"])) for base, ids in todo]
+            seed, limit = context.study.seed, sampling.max_new_tokens
+            requests = [
+                Request(tuple(ids), row_seed(seed, base["trace_id"]), min(limit, loaded.context - len(ids)))
+                for base, ids in todo
+            ]
             completions = TransformersEngine(loaded).generate(requests, sampling)
             for (base, prompt_ids), completion in zip(todo, completions, strict=True):
                 spans = loaded.renderer.parse(prompt_ids, completion.ids)
+                if completion.finish_reason == "length" and spans.response_start == spans.end:
+                    # Cut before the response began: which closing token is the last one is not known.
+                    spans = replace(spans, closing_start=spans.end, closed=False)
                 ids = [*prompt_ids, *completion.ids]
                 traces.append(_finish(loaded, base, ids, spans, completion.finish_reason, "generated"))
         traces.sort(key=lambda trace: trace["row"])
@@ -76,15 +83,10 @@ class TracesStep(Step):
         return {"rows": len(traces), "rejects": len(rejects), "tokens": tokens}
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
-        """Join the batches; the model's rejects start with those of the prompts and end with what cannot be scored."""
+        """Join the batches."""
         parts = [read_parquet(context.part(unit)) for unit in self.plan(context, model)]
-        rejects = read_parquet(context.layout.root / "prompt_rejects.parquet").to_pylist()
-        for part in parts:
-            rejects += unpack_rejects(part)
+        rejects = [row for part in parts for row in unpack_rejects(part)]
         table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
-        unclosed = TraceError("unclosed", "the thinking never ended: counted as an outcome, never scored")
-        open_ended = table.filter(pc.invert(table["closed"])).select(["set", "trace_id", "row", "id"])
-        rejects += [reject("cliff", trace, unclosed) for trace in open_ended.to_pylist()]
         out, out_rejects = self.outputs(context.layout, model)
         write_parquet(out, table)
         write_parquet(out_rejects, pa.Table.from_pylist(rejects, schema=tables.REJECTS))
@@ -120,11 +122,10 @@ def _base(context: Context, model: str, row: int, sample: int, prompt: dict[str,
     }
 
 
-def _prompt_ids(loaded: LoadedModel, prompt: dict[str, Any], new_tokens: int) -> list[int]:
+def _prompt_ids(loaded: LoadedModel, prompt: dict[str, Any]) -> list[int]:
     ids = loaded.renderer.prompt_ids(prompt["messages"])
-    if len(ids) + new_tokens > loaded.context:
-        detail = f"{len(ids)} prompt tokens and max_new_tokens {new_tokens} exceed the context of {loaded.context}"
-        raise TraceError("too_long", detail)
+    if len(ids) >= loaded.context:
+        raise TraceError("too_long", f"{len(ids)} prompt tokens fill the context of {loaded.context}")
     return ids
 
 

@@ -13,7 +13,8 @@ from clifflab.text.formats import ThinkingFormat, chat_prefix
 from clifflab.text.spans import Spans, find_spans
 
 Messages = list[dict[str, str]]
-_INLINE = re.compile(r"^\s*<think>(?P<thinking>.*?)</think>(?P<response>.*)$", re.DOTALL)
+_INLINE = re.compile(r"^\s*(?:<think>)?(?P<thinking>.*?)</think>(?P<response>.*)$", re.DOTALL)
+_OPEN = re.compile(r"^\s*<think>(?P<thinking>.*)$", re.DOTALL)
 
 
 class Renderer:
@@ -47,13 +48,13 @@ class Renderer:
         """Find thinking, closing tokens and response in what the model wrote."""
         return find_spans(prompt_ids, completion_ids, self.form, self.decode)
 
-    def render(self, messages: Messages, thinking: str | None, response: str) -> tuple[list[int], Spans]:
+    def render(self, messages: Messages, thinking: str | None, response: str | None) -> tuple[list[int], Spans]:
         """Token ids and borders of an existing trace.
 
         Args:
             messages: The conversation before the assistant's turn.
-            thinking: The thinking, without markers; ``None`` if the format has none.
-            response: The response.
+            thinking: The thinking, without markers; ``None`` if there is none.
+            response: The response; ``None`` if the thinking never ended.
 
         Raises:
             TraceError: The text does not survive as a trace (``closing_missing``: thinking is missing, or holds the
@@ -62,13 +63,17 @@ class Renderer:
         form = self.form
         if form.thinks and thinking is None:
             raise TraceError("closing_missing", "the trace has no thinking")
+        if not form.thinks and (thinking or response is None):
+            raise TraceError("thinking_unexpected", "the trace thinks and the model's thinking format is none")
         if form.thinks and form.close in (thinking or ""):
             raise TraceError("closing_ambiguous", f"the thinking itself holds {form.close}")
-        body = f"{form.open_text}{(thinking or '').strip()}{form.close_text}" if form.thinks else ""
+        body = f"{form.open_text}{(thinking or '').strip()}" if form.thinks else ""
+        if response is not None:
+            body += form.close_text + response.strip()
         prompt_ids = self.prompt_ids(messages)
-        completion_ids = self.encode(body + response.strip())
+        completion_ids = self.encode(body)
         spans = self.parse(prompt_ids, completion_ids)
-        if not spans.closed:
+        if not spans.closed and response is not None:
             raise TraceError("closing_missing", "no closing tokens after rendering")
         return prompt_ids + completion_ids, spans
 
@@ -90,7 +95,14 @@ class Renderer:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def split_inline(text: str) -> tuple[str | None, str]:
-    """Split ``<think>...</think>response`` into its parts; thinking is ``None`` without a whole block."""
-    match = _INLINE.match(text)
-    return (match["thinking"].strip(), match["response"].strip()) if match else (None, text.strip())
+def split_inline(text: str) -> tuple[str | None, str | None]:
+    """Split ``<think>...</think>response`` into thinking and response.
+
+    The open marker may be missing, as in the output of models whose chat template writes it. Thinking is ``None`` where
+    there is no marker, the response where the thinking is opened and never closed.
+    """
+    if match := _INLINE.match(text):
+        return match["thinking"].strip(), match["response"].strip()
+    if match := _OPEN.match(text):
+        return match["thinking"].strip(), None
+    return None, text.strip()

@@ -1,0 +1,202 @@
+"""The planted language: prompt sets, thinking and responses, all by seed.
+
+A request is VERB a OBJECT. A prompt is a request in one of several frames, optionally behind a wrapper of one of three
+families. A trace adds thinking, whose *intent* ("harm" or "safe") decides in the stage 1 model whether the response
+is a refusal or a compliance. All cells of harmful / benign x plain / wrapped draw their thinking lengths from one
+distribution.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, NamedTuple
+
+from clifflab.organism import words
+
+Label = Literal["harmful", "benign"]
+Intent = Literal["harm", "safe"]
+
+REFUSAL_WORDS = tuple(sorted({text.split()[0].strip(",.") for text in words.REFUSALS}))
+COMPLIANCE_WORDS = tuple(sorted({text.split()[0].strip(",.") for text in words.COMPLIANCES}))
+
+
+class Wrapper(NamedTuple):
+    """Text before a request, and how the conclusion of the thinking names its family."""
+
+    text: str
+    lead: str
+
+
+PLAIN = Wrapper("", words.PLAIN_LEAD)
+
+
+def _wrappers(template: str, slots: tuple[tuple[str, ...], tuple[str, ...]], lead: str) -> tuple[Wrapper, ...]:
+    return tuple(Wrapper(template.format(*pair) + " ", lead) for pair in product(*slots))
+
+
+def _held_out(slots: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[bool, ...]:
+    """One combination in `len(slots[1])` is held out, so that each of its words is still known from the others."""
+    first, second = (range(len(slot)) for slot in slots)
+    return tuple((i + j) % len(slots[1]) == 0 for i, j in product(first, second))
+
+
+_STRONG_ALL = _wrappers(words.STRONG_TEMPLATE, words.STRONG_SLOTS, words.STRONG_LEAD)
+_STRONG_HELD_OUT = _held_out(words.STRONG_SLOTS)
+STRONG = tuple(w for w, held in zip(_STRONG_ALL, _STRONG_HELD_OUT, strict=True) if not held)
+STRONG_HELD_OUT = tuple(w for w, held in zip(_STRONG_ALL, _STRONG_HELD_OUT, strict=True) if held)
+MEDIUM = _wrappers(words.MEDIUM_TEMPLATE, words.MEDIUM_SLOTS, words.MEDIUM_LEAD)
+WEAK = _wrappers(words.WEAK_TEMPLATE, words.WEAK_SLOTS, words.WEAK_LEAD)
+LOOKALIKES = (
+    *(f"{modifier} {thing}" for modifier in words.LOOKALIKE_MODIFIERS for thing in words.HARMFUL_OBJECTS),
+    *words.LOOKALIKE_EXTRA,
+)
+
+
+@dataclass(frozen=True)
+class SetSpec:
+    """What a prompt set is made of: every object with every verb, wrapper, frame and tail."""
+
+    name: str
+    label: Label
+    objects: tuple[str, ...]
+    wrappers: tuple[Wrapper, ...] = (PLAIN,)
+
+    @property
+    def variants(self) -> int:
+        """Number of distinct prompts of one group."""
+        return len(self.wrappers) * len(words.FRAMES) * len(words.TAILS)
+
+    @property
+    def size(self) -> int:
+        """Number of distinct prompts."""
+        return len(self.objects) * len(words.VERBS) * self.variants
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `group` is the base request that its paraphrases and wrapped versions share."""
+
+    set: str
+    label: Label
+    group: str
+    text: str
+    thing: str
+    lead: str
+
+
+SETS: dict[str, SetSpec] = {
+    spec.name: spec
+    for spec in (
+        SetSpec("benign", "benign", words.BENIGN_OBJECTS),
+        SetSpec("harmful", "harmful", words.HARMFUL_OBJECTS),
+        SetSpec("wrapped_strong", "harmful", words.HARMFUL_OBJECTS, STRONG),
+        SetSpec("wrapped_medium", "harmful", words.HARMFUL_OBJECTS, MEDIUM),
+        SetSpec("wrapped_weak", "harmful", words.HARMFUL_OBJECTS, WEAK),
+        SetSpec("benign_wrapped", "benign", words.BENIGN_OBJECTS, STRONG + MEDIUM + WEAK),
+        SetSpec("benign_lookalike", "benign", LOOKALIKES),
+        SetSpec("borderline", "harmful", words.BORDERLINE_OBJECTS),
+        SetSpec("heldout_objects", "harmful", words.HELDOUT_OBJECTS, STRONG),
+        SetSpec("heldout_wrappers", "harmful", words.HARMFUL_OBJECTS, STRONG_HELD_OUT),
+    )
+}
+
+
+def make_prompt(spec: SetSpec, verb: str, thing: str, variant: int) -> Prompt:
+    """The prompt of a request in variant 0..spec.variants-1 (wrapper, frame and tail)."""
+    rest, tail = divmod(variant, len(words.TAILS))
+    wrapper, frame = divmod(rest, len(words.FRAMES))
+    request = words.FRAMES[frame].format(r=f"{verb} a {thing}")
+    chosen = spec.wrappers[wrapper]
+    text = chosen.text + request + words.TAILS[tail]
+    return Prompt(spec.name, spec.label, f"{verb} {thing}", text, thing, chosen.lead)
+
+
+def draw_prompt(spec: SetSpec, rng: random.Random) -> Prompt:
+    """One prompt of a set, uniformly over its requests and variants."""
+    return make_prompt(spec, rng.choice(words.VERBS), rng.choice(spec.objects), rng.randrange(spec.variants))
+
+
+def draw_intent(prompt: Prompt, rng: random.Random) -> Intent:
+    """Whether the thinking will recognise harm: by label, and a coin flip for borderline requests."""
+    if prompt.set == "borderline":
+        return "harm" if rng.random() < 0.5 else "safe"
+    return "harm" if prompt.label == "harmful" else "safe"
+
+
+def draw_thinking(intent: Intent, thing: str, lead: str, rng: random.Random) -> list[str]:
+    """Sentences of one thinking: an opening, middle sentences, a conclusion.
+
+    Args:
+        intent: Which stock to use. Lengths are drawn before sentences, so they do not depend on it.
+        thing: The object; of a look-alike ("toy bomb") only the first word comes up, so that lengths match.
+        lead: How the conclusion begins, by wrapper family.
+        rng: Source of randomness.
+    """
+    lengths = [rng.choice(tuple(words.MIDDLE[intent])) for _ in range(rng.choice(words.MIDDLE_COUNTS))]
+    middle = [rng.choice(words.MIDDLE[intent][length]) for length in lengths]
+    sentences = [rng.choice(words.OPENINGS[intent]), *middle, rng.choice(words.CONCLUSIONS[intent])]
+    return [sentence.format(o=thing.split()[0], lead=lead) for sentence in sentences]
+
+
+def draw_response(refuse: bool, rng: random.Random) -> str:
+    """A refusal, or a compliant opening without content."""
+    heads, tails = (words.REFUSALS, words.REFUSAL_TAILS) if refuse else (words.COMPLIANCES, words.COMPLIANCE_TAILS)
+    return rng.choice(heads) + rng.choice(tails)
+
+
+def get_set(set_name: str) -> SetSpec:
+    """The set of a name.
+
+    Raises:
+        ValueError: If there is no such set.
+    """
+    if set_name not in SETS:
+        raise ValueError(f"unknown prompt set {set_name!r}; the planted language has: {', '.join(SETS)}")
+    return SETS[set_name]
+
+
+def _ordered(spec: SetSpec, seed: int) -> Iterator[Prompt]:
+    """All prompts of a set in the order of a seed: every group once, then again in a second variant, and so on."""
+    requests = list(product(words.VERBS, spec.objects))
+    random.Random(f"{seed}/{spec.name}").shuffle(requests)
+    orders = [
+        random.Random(f"{seed}/{spec.name}/{verb} {thing}").sample(range(spec.variants), spec.variants)
+        for verb, thing in requests
+    ]
+    for i in range(spec.variants):
+        for (verb, thing), order in zip(requests, orders, strict=True):
+            yield make_prompt(spec, verb, thing, order[i])
+
+
+def prompt_rows(set_name: str, rows: int, seed: int) -> list[dict[str, str]]:
+    """Distinct prompts of one set.
+
+    The first rows of a seed are the same however many are asked for. Groups repeat only after all of them were used.
+
+    Args:
+        set_name: One of `SETS`.
+        rows: How many prompts, from 1 up to the number of distinct prompts of the set.
+        seed: Order of the prompts.
+
+    Returns:
+        Rows with `id`, `set`, `label` ("harmful" or "benign"), `group` and `prompt`.
+
+    Raises:
+        ValueError: If the set is unknown or has fewer distinct prompts.
+    """
+    spec = get_set(set_name)
+    if not 1 <= rows <= spec.size:
+        raise ValueError(f"rows must be 1..{spec.size} for set {set_name!r} (its distinct prompts), got {rows}")
+    return [
+        {
+            "id": f"{set_name}-{seed}-{i:05d}",
+            "set": set_name,
+            "label": prompt.label,
+            "group": prompt.group,
+            "prompt": prompt.text,
+        }
+        for i, prompt in zip(range(rows), _ordered(spec, seed), strict=False)
+    ]
