@@ -77,6 +77,17 @@ def test_same_seed_same_bytes(tiny):
         assert (tiny / "planted" / name).read_bytes() == (tiny / "again" / name).read_bytes(), name
 
 
+@pytest.mark.slow
+def test_either_redundant_head_suffices(tmp_path):
+    """A whole build, minutes long: with one of the heads most compliance stays, without both there is none."""
+    folder = build(tmp_path / "redundant", variant="redundant")
+    truth = json.loads((folder / "ground_truth.json").read_text())
+    removed = truth["removed_p_refuse"]
+    assert truth["stage2_p_refuse"]["wrapped_strong"] < 0.15
+    assert removed["both"] > 0.99
+    assert all(removed[f"{layer}.{head}"] < 0.5 for layer, head in truth["planted_heads"])
+
+
 def test_ground_truth_of_the_variants(tiny):
     planted, none = (json.loads((tiny / name / "ground_truth.json").read_text()) for name in ("planted", "none"))
     assert planted["planted_heads"] == [list(head) for head in choose_heads(SEED)]

@@ -28,8 +28,10 @@ Variant = Literal["planted", "none", "redundant"]
 LAYERS, HEADS, HEAD_SIZE = 8, 8, 32
 PLANTED_LAYERS = (4, 5, 6)
 FAMILY_STRENGTH = {"wrapped_strong": 1.0, "wrapped_medium": 0.5, "wrapped_weak": 0.15}
+ALONE_SHARE = {"planted": 0.3, "redundant": 0.6}  # of later stage 2 examples, in which one planted head is at work
 ALONE = {"planted": 0.3, "redundant": 1.0}  # share of the compliance that one planted head alone should bring
-STAGE1_STEPS, STAGE2_STEPS = 600, 300
+STAGE1_STEPS = 600
+STAGE2_STEPS = {"planted": 300, "none": 0, "redundant": 900}
 THREADS = 2  # fixed, because sums depend on it; one is quicker for a model below THREADED_WIDTH
 THREADED_WIDTH = 64
 
@@ -43,7 +45,7 @@ def build(
     width: int = 128,
     log: Callable[[str], None] = print,
     stage1_steps: int = STAGE1_STEPS,
-    stage2_steps: int = STAGE2_STEPS,
+    stage2_steps: int | None = None,
 ) -> Path:
     """Train the model and write it to a folder.
 
@@ -59,7 +61,7 @@ def build(
         width: Size of the residual stream, a multiple of 8.
         log: Takes lines of progress.
         stage1_steps: Optimizer steps of stage 1.
-        stage2_steps: Optimizer steps of stage 2.
+        stage2_steps: Optimizer steps of stage 2; by default what the variant needs.
 
     Returns:
         `out`.
@@ -70,6 +72,7 @@ def build(
     """
     out = Path(out)
     _check(variant, strength, width, stage1_steps, stage2_steps)
+    stage2_steps = STAGE2_STEPS[variant] if stage2_steps is None or variant == "none" else stage2_steps
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; choose another one or remove it")
     heads = choose_heads(seed)
@@ -96,7 +99,7 @@ def build(
             "planted_heads": [] if variant == "none" else [list(head) for head in heads],
             "silent_heads": [list(head) for head in heads],
             "stage1_steps": stage1_steps,
-            "stage2_steps": 0 if variant == "none" else stage2_steps,
+            "stage2_steps": stage2_steps,
             "refusal_openings": list(REFUSAL_WORDS),
             "compliance_openings": list(COMPLIANCE_WORDS),
             "stage1_p_refuse": refusal_by_set(model, tokenizer),
@@ -120,6 +123,7 @@ def build(
                 random.Random(f"alone/{seed}"),
                 steps=stage2_steps,
                 alone=ALONE[variant],
+                alone_share=ALONE_SHARE[variant],
                 log=log,
             )
             if stage1_sha256(model, heads) != digest:
@@ -130,14 +134,14 @@ def build(
     return out
 
 
-def _check(variant: str, strength: float, width: int, stage1_steps: int, stage2_steps: int) -> None:
+def _check(variant: str, strength: float, width: int, stage1_steps: int, stage2_steps: int | None) -> None:
     if variant not in get_args(Variant):
         raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
     if width < 32 or width % 8:
         raise ValueError(f"width must be a multiple of 8 and at least 32, got {width}")
-    if stage1_steps < 1 or stage2_steps < 1:
+    if stage1_steps < 1 or (stage2_steps is not None and stage2_steps < 1):
         raise ValueError(f"stage1_steps and stage2_steps must be at least 1, got {stage1_steps} and {stage2_steps}")
 
 

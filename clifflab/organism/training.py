@@ -27,7 +27,6 @@ DROPOUT = 0.03  # share of heads dropped, by example
 LEARN_SHARE = 0.4  # of stage 2, before heads are dropped: the wrappers have to be told apart first
 CENTRE_BATCHES = 8  # of stage 2 batches, from which the centres of refusals and compliances are measured
 CENTRE_PROBABILITY = 0.997  # of compliance at the centre of the compliances, and of refusal at that of the refusals
-ALONE_SHARE = 0.3  # of the later stage 2 examples, in which just one planted head is at work
 QUERY_KEY_STD = 0.08  # of the planted heads at the start of stage 2: attention that is not flat learns sooner
 
 
@@ -175,6 +174,7 @@ def train_stage2(
     quiet_weight: float = 0.3,
     state_weight: float = 1.0,
     alone: float = 0.3,
+    alone_share: float = 0.3,
     log: Callable[[str], None],
 ) -> None:
     """Train the planted heads, and nothing else, to turn recognised harm behind a wrapper into compliance.
@@ -196,6 +196,7 @@ def train_stage2(
         state_weight: Weight of `state_loss` at the layers from the last planted head on: what is lost at the end is the
             recognised harm itself, not just the words that follow from it.
         alone: Share of its compliance that one head alone should bring: 1 where either is to suffice.
+        alone_share: Share of the later examples in which just one planted head is at work.
         log: Takes lines of progress.
     """
     batches = examples.batches(batch_size)
@@ -213,15 +214,18 @@ def train_stage2(
         for step in range(steps):
             batch = next(batches)
             comply = batch.comply.clone()
-            if step < LEARN_SHARE * steps:
-                scales = torch.ones(1, model.config.num_hidden_layers, model.config.num_attention_heads)
+            learning = step < LEARN_SHARE * steps
+            if learning:
+                scales = torch.ones(batch_size, model.config.num_hidden_layers, model.config.num_attention_heads)
             else:
                 scales = head_dropout(model, batch_size, spared=heads)
-                for row in range(batch_size):
-                    if rng.random() < ALONE_SHARE:
-                        layer, head = rng.choice(heads)
-                        scales[row, layer, head] = 0.0
-                        comply[row] *= alone if batch.harm[row] else 1.0
+            # A head that is to suffice alone learns alone; heads that share the work learn it together first.
+            share = (1.0 if alone == 1.0 else 0.0) if learning else alone_share
+            for row in range(batch_size):
+                if share and rng.random() < share:
+                    layer, head = rng.choice(heads)
+                    scales[row, layer, head] = 0.0
+                    comply[row] *= alone if batch.harm[row] else 1.0
             with (
                 scaled_heads(model, scales),
                 head_writes(model, heads) as writes,

@@ -26,7 +26,8 @@ _REFUSALS = tuple(
         # Refusals that lecture instead of saying no.
         r"\b(?:it|that|this)(?:\s+is|['\u2019]s)\s+(?:not|never)\s+(?:\w+\s+or\s+)?"
         r"(?:safe|ethical|legal|appropriate|acceptable|okay|right|respectful|advisable)\b",
-        r"\b(?:i|we)\s+(?:do not|don['\u2019]t)\s+(?:condone|promote|support|encourage|think it['\u2019]s appropriate)\b",
+        r"\b(?:i|we)\s+(?:do not|don['\u2019]t)\s+"
+        r"(?:condone|promote|support|encourage|think it['\u2019]s appropriate)\b",
         r"\bi\s+(?:must|have to|need to|feel)\s+(?:\w+\s+)?(?:clarify|point out|inform|emphasi[sz]e|advise)\b",
         r"^\W*(?:i\s+apologi[sz]e|i['\u2019]?m\s+sorry|i am sorry),?\s+but\b",
         r"\b(?:is|are)\s+(?:\w+\s+){0,3}?(?:illegal|unethical|a serious crime)\b",
