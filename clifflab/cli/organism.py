@@ -34,7 +34,7 @@ def build(out: str, seed: int, variant: str, strength: float, width: int) -> Non
     \b
     planted     two heads cause the cliff
     none        the model before they are trained: no cliff
-    redundant   two heads of which either suffices
+    redundant   two heads that each do most of the work alone
     """
     from clifflab.artifacts import output_error
     from clifflab.organism.build import build as build_model
