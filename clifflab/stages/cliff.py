@@ -66,7 +66,7 @@ class CliffStep(Step):
         records: list[dict[str, Any]] = []
         for trace, logits_KLT in zip(traces, score_traces(loaded, traces, weights, biases), strict=True):
             spans = spans_of(trace)
-            thinking = max(spans.thinking_tokens, 0) if loaded.renderer.form.thinks else 0
+            thinking = spans.thinking_tokens
             found = measure(logits_KLT, thinking, settings.window)
             scores = sigmoid(logits_KLT.astype(np.float64))
             curve = [binned_thinking(scores, thinking, settings.bins), aligned_closing(scores, thinking, CLOSING_WIDTH)]
@@ -74,7 +74,7 @@ class CliffStep(Step):
             records.append(
                 {
                     "index": trace["row"],
-                    "thinking_tokens": spans.thinking_tokens,
+                    "thinking_tokens": thinking,
                     "closing_tokens": spans.closing_tokens,
                     "measures": np.stack(values).astype(np.float32).ravel(),
                     "drops": found.drops.astype(np.float32).ravel(),
