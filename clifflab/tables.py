@@ -196,3 +196,46 @@ TRUNCATION = pa.schema(
         ("final_final", pa.float32()),
     ]
 )
+
+HEADS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("layer", pa.int32()),
+        ("head", pa.int32()),
+        ("method", pa.string()),
+        ("positions", pa.string()),
+        ("effect_logit", pa.float64()),
+        ("effect_log_odds", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("q", pa.float64()),
+        ("rank", pa.int32()),
+        ("ranking_logit", pa.float64()),
+        ("ranking_log_odds", pa.float64()),
+        ("plain_log_odds", pa.float64()),
+        ("benign_log_odds", pa.float64()),
+        ("share_of_gap", pa.float64()),
+        ("suppression", pa.bool_()),
+    ]
+)
+
+ABLATION = pa.schema(
+    [
+        ("model", pa.string()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("fraction", pa.float64()),
+        ("kind", pa.string()),
+        ("draw", pa.int32()),
+        ("thinking", pa.string()),
+        ("heads", pa.list_(pa.string())),
+        ("traces", pa.int64()),
+        ("asr", pa.float64()),
+        ("asr_low", pa.float64()),
+        ("asr_high", pa.float64()),
+        ("over_refusal", pa.float64()),
+        ("unclosed", pa.float64()),
+        ("degenerate", pa.float64()),
+        ("perplexity", pa.float64()),
+    ]
+)

@@ -1,0 +1,102 @@
+"""A study and its parts: strict, frozen configuration (unknown keys are errors).
+
+Only settings that change results belong to a stage's section; how the work is carried out (workers, threads) sits in
+:class:`RuntimeConfig`, which never enters a fingerprint.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from clifflab.config.base import SLUG as SLUG
+from clifflab.config.base import Section as Section
+from clifflab.config.base import Slug, slug
+from clifflab.config.heads import AblationConfig as AblationConfig
+from clifflab.config.heads import HeadsConfig as HeadsConfig
+from clifflab.config.inputs import COLUMN_ROLES as COLUMN_ROLES
+from clifflab.config.inputs import ModelSpec as ModelSpec
+from clifflab.config.inputs import PromptSet as PromptSet
+from clifflab.config.measuring import CliffConfig as CliffConfig
+from clifflab.config.measuring import DuplicatesConfig as DuplicatesConfig
+from clifflab.config.measuring import GuardConfig as GuardConfig
+from clifflab.config.measuring import JudgeConfig as JudgeConfig
+from clifflab.config.measuring import ProbeConfig as ProbeConfig
+from clifflab.config.measuring import TracesConfig as TracesConfig
+from clifflab.config.measuring import TruncationConfig as TruncationConfig
+
+
+class ReportConfig(Section):
+    """The report.
+
+    Attributes:
+        figures: Draw them, for the page and as files. A study of many models is told by its tables alone without.
+    """
+
+    figures: bool = True
+
+
+class RuntimeConfig(Section):
+    """How the work is carried out; never part of a result's identity.
+
+    Attributes:
+        kind: ``ray`` runs units in actors, ``inline`` in this process.
+        workers: Actors; ``auto`` is one per GPU, else one per CPU core.
+        threads: Threads of one worker on a CPU. Equal thread counts give bit-equal results.
+        object_store_mb: Size of Ray's object store when it is started here.
+        max_attempts: How often a unit is tried when its worker dies.
+    """
+
+    kind: Literal["ray", "inline"] = "ray"
+    workers: Literal["auto"] | int = "auto"
+    threads: int = Field(default=1, ge=1)
+    object_store_mb: int = Field(default=256, ge=80)
+    max_attempts: int = Field(default=4, ge=1)
+
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("give at least 1, or auto")
+        return value
+
+
+class Study(Section):
+    """A whole study: models x prompt sets, and how each stage is done."""
+
+    name: Slug
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    prompts: tuple[PromptSet, ...] = Field(min_length=1)
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    traces: TracesConfig = TracesConfig()
+    judge: JudgeConfig = JudgeConfig()
+    probe: ProbeConfig = ProbeConfig()
+    truncation: TruncationConfig = TruncationConfig()
+    cliff: CliffConfig = CliffConfig()
+    heads: HeadsConfig = HeadsConfig()
+    ablation: AblationConfig = AblationConfig()
+    report: ReportConfig = ReportConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    _check_name = field_validator("name")(slug)
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Study:
+        for field in ("models", "prompts"):
+            names = [part.name for part in getattr(self, field)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{field}: the name {twice[0]!r} is used twice; give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Study:
+        if all(prompt_set.ood for prompt_set in self.prompts):
+            raise ValueError("prompts: every set is marked ood; leave one unmarked for probes to train on")
+        return self
+
+    def model(self, name: str) -> ModelSpec:
+        """The model of that name."""
+        return next(model for model in self.models if model.name == name)

@@ -1,0 +1,86 @@
+"""What a study looks at: models and prompt sets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from clifflab.config.base import Section, Slug, slug
+from clifflab.text.formats import FORMATS
+
+COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response")
+
+
+class ModelSpec(Section):
+    """One model of the study.
+
+    Attributes:
+        name: Folder name of its results.
+        path: ``organism:planted`` (shipped), a checkpoint folder, a ``.gguf`` file, ``package:MODULE`` (an installed
+            Python package that holds one ``.gguf`` file), or a model id of the Hugging Face hub.
+        revision: Hub revision (commit, tag or branch).
+        dtype: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+        thinking_format: How the model writes its thinking; ``auto`` reads it off the chat template.
+        system: System message put before every prompt that has none.
+        trust_remote_code: Run code that comes with the checkpoint.
+    """
+
+    name: Slug
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    thinking_format: str = "auto"
+    system: str | None = None
+    trust_remote_code: bool = False
+
+    _check_name = field_validator("name")(slug)
+
+    @field_validator("thinking_format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value != "auto" and value not in FORMATS:
+            raise ValueError(f"unknown thinking format; choose auto, {', '.join(FORMATS)}")
+        return value
+
+
+class PromptSet(Section):
+    """One named set of prompts, or of existing traces.
+
+    Attributes:
+        name: The set's name in every table.
+        path: JSONL, JSON, CSV or Parquet file, a folder of a saved Hugging Face dataset, ``hf:NAME[:SPLIT]``, or
+            ``organism:SET`` for a set of the planted-cliff language.
+        label: Whether the set's requests are harmful; a ``label`` column overrides it row by row.
+        limit: Use the first rows only.
+        columns: Which column plays which role, where names differ from the usual ones.
+        existing: Rows hold finished traces (``thinking`` and ``response``, or ``<think>`` inline) that are measured
+            and not generated.
+        seed: Seed of an ``organism:`` set.
+        ood: Held out of probe training as a whole: an out-of-distribution test.
+    """
+
+    name: Slug
+    path: str = Field(min_length=1)
+    label: Literal["harmful", "benign"]
+    limit: int | None = Field(default=None, ge=1)
+    columns: dict[str, str] = Field(default_factory=dict)
+    existing: bool = False
+    seed: int = Field(default=0, ge=0)
+    ood: bool = False
+
+    _check_name = field_validator("name")(slug)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_roles(cls, value: dict[str, str]) -> dict[str, str]:
+        for role in value:
+            if role not in COLUMN_ROLES:
+                raise ValueError(f"unknown role {role!r}; roles are {', '.join(COLUMN_ROLES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _organism_needs_rows(self) -> PromptSet:
+        if self.path.startswith("organism:") and self.limit is None:
+            raise ValueError("an organism: set needs limit, the number of prompts to write")
+        return self
