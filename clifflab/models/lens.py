@@ -48,7 +48,7 @@ class Lens:
         return sums[0] - sums[1]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: gradients flow through the lens
 def make_lens(loaded: LoadedModel, refusal: Sequence[int], compliance: Sequence[int]) -> Lens | None:
     """The model's lens for two sets of tokens; ``None`` where its last step is not norm and projection.
 

@@ -75,5 +75,8 @@ def plain_sweep(
     for members in sets:
         with intervene(heads, [members], intervention, where_BT, from_end_BT):
             changed.append(run())
-    changed_BSM = torch.stack(changed, 1)
+    changed_BSM = torch.stack(changed, 1) if changed else torch.empty(len(traces), 0, meter.width)
+    for s, members in enumerate(sets):
+        above = [k for k, at in enumerate(meter.layers) if members and at < min(layer for layer, _ in members)]
+        changed_BSM[:, s, above] = torch.nan  # a direction below all of the heads cannot see them
     return [Swept(clean_BM[b].numpy(), changed_BSM[b].numpy()) for b in range(len(traces))]
