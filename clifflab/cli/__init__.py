@@ -22,6 +22,7 @@ class LazyGroup(click.Group):
         "compare": ("clifflab.cli.compare", "Does a second run lie within the intervals of the first?"),
         "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),
         "model": ("clifflab.cli.model", "Look at a model: geometry, thinking format, closing tokens, checks."),
+        "bench": ("clifflab.cli.bench", "Time the fast ways against the plain one; results must be equal."),
         "doctor": ("clifflab.cli.doctor", "Check this machine: Python, packages, GPUs, Ray, disk, models."),
     }
 

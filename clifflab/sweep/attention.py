@@ -173,7 +173,7 @@ def joint_attention(
     shared, own = (shared - top).exp(), (own - top).exp()
     total = shared.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + extra
     out = torch.einsum("grqct,rgts->grqcs", own, value.float())
-    mixed = shared.reshape(groups, -1, span) @ prefix.values.float()
+    mixed = shared.reshape(groups, rows * served * last, span) @ prefix.values.float()
     out = (out + mixed.reshape(out.shape)) / total
     joined: torch.Tensor = out.permute(1, 3, 0, 2, 4).reshape(rows, last, count, -1)
     return joined.to(query.dtype)

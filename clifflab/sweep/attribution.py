@@ -31,6 +31,7 @@ def attribution(
     meter: Meter,
     intervention: Intervention,
     positions: Positions,
+    share: bool = True,
 ) -> Floats:
     """Estimated effects of every head alone, ``[heads, 2]``: on the first direction's logit, and on the log-odds.
 
@@ -44,13 +45,14 @@ def attribution(
         meter: What is read; of its directions only the first.
         intervention: What is done to the heads.
         positions: At the closing tokens, or at all tokens.
+        share: Whether changes at closing tokens may run those alone; whole sequences otherwise.
 
     Raises:
         InterventionError: A head's output was never seen.
     """
     meter.check(loaded)
     closing = positions == "closing"
-    shared = closing and trace.closing_start > 0 and shares_prefix(loaded, heads)
+    shared = share and closing and trace.closing_start > 0 and shares_prefix(loaded, heads)
     moved: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
     with _no_gradients(loaded), clean_pass(loaded, heads, trace, trace.closing_start if shared else 0) as base:

@@ -46,6 +46,11 @@ class DirectEffects:
     embedding: Floats
     logits: Floats
 
+    def total(self) -> Floats:
+        """Sum of all parts, ``[K]``: the directions' logits without their own bias."""
+        parts = (self.heads, self.mlps, self.biases)
+        return np.asarray(self.embedding + sum(np.nansum(part, axis=1) for part in parts))
+
 
 @dataclass
 class _Branch:
@@ -143,7 +148,8 @@ def _watch(own: _Branch, block: nn.Module, attention: nn.Module, projection: nn.
 def _mlp(children: dict[str, nn.Module], attention: nn.Module) -> nn.Module | None:
     names = ("mlp", "feed_forward", "ffn", "moe", "experts")
     found = [m for name, m in children.items() if m is not attention and any(word in name.lower() for word in names)]
-    found = [m for m in found if "norm" not in type(m).__name__.lower()]
+    # Norms and dropouts of the branch carry its name too.
+    found = [m for m in found if "norm" not in type(m).__name__.lower() and any(True for _ in m.parameters())]
     return found[0] if len(found) == 1 else None
 
 
@@ -179,7 +185,7 @@ def _project(
         out: Floats = (weights_KD @ rows.double().cpu().T).numpy()
         return out
 
-    def masked(values: Floats, at: Floats) -> Floats:
+    def masked(values: Floats, at: Any) -> Floats:
         return np.where(at[None] <= layers[:, None], values, np.nan)
 
     depth = np.arange(len(mlps_D))

@@ -25,6 +25,7 @@ def plain_sweep(
     intervention: Intervention,
     positions: Positions,
     padding: Literal["left", "right"] = "right",
+    published: bool = False,
 ) -> list[Swept]:
     """Readings of a batch of traces with each set of heads changed, as published: a whole forward pass a set.
 
@@ -37,6 +38,8 @@ def plain_sweep(
         intervention: What is done to the heads.
         positions: At the closing tokens, or at all tokens.
         padding: Side of the padding.
+        published: Keep all hidden states and compute the logits of all tokens, as the paper's code does; the readings
+            are the same.
     """
     meter.check(loaded)
     width = max(len(trace.ids) for trace in traces)
@@ -67,7 +70,10 @@ def plain_sweep(
             meter.read(layer, layer == last, hidden_BTD[rows.to(hidden_BTD.device), finals], into_BM)
 
         with capture(loaded.blocks, sorted({*meter.layers, last}), on_block):
-            loaded.body(**batch, use_cache=False)
+            if published:
+                loaded.model(**batch, use_cache=False, output_hidden_states=True)
+            else:
+                loaded.body(**batch, use_cache=False)
         return into_BM
 
     clean_BM = run()

@@ -26,7 +26,7 @@ from clifflab.sweep.attention import UnsupportedAttentionError
 from clifflab.sweep.clean import CleanPass, changed_heads, clean_pass
 from clifflab.sweep.types import Meter, Positions, SweepTrace, Swept
 
-_CPU_TOKENS = 2048  # of a batch on a CPU: beyond it, activations fall out of the cache and nothing is gained
+_CPU_TOKENS = 4096  # of a batch on a CPU: beyond it, activations fall out of the cache and nothing is gained
 _SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -40,6 +40,7 @@ def sweep(
     intervention: Intervention,
     positions: Positions,
     budget_mb: int = 512,
+    share: bool = True,
 ) -> Swept:
     """Readings of one trace with each set of heads changed; equal to :func:`clifflab.sweep.plain.plain_sweep`.
 
@@ -52,6 +53,7 @@ def sweep(
         intervention: What is done to the heads.
         positions: At the closing tokens, or at all tokens.
         budget_mb: Memory for the activations of one batch.
+        share: Whether changes at closing tokens may run those alone; whole sequences otherwise.
 
     Raises:
         InputError: A head or a direction is not the model's.
@@ -60,7 +62,7 @@ def sweep(
     meter.check(loaded)
     for members in sets:
         heads.check(members, "heads")
-    shared = positions == "closing" and trace.closing_start > 0 and shares_prefix(loaded, heads)
+    shared = share and positions == "closing" and trace.closing_start > 0 and shares_prefix(loaded, heads)
     lowest = [min((layer for layer, _ in members), default=0) for members in sets]
     order = sorted(range(len(sets)), key=lambda s: lowest[s])
     changed = np.full((len(sets), meter.width), np.nan, dtype=np.float64)

@@ -1,0 +1,61 @@
+"""``clifflab bench``: records, their meaning, and that unequal results are no benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from clifflab.bench.sweep import SweepBench, UnequalResultsError, bench_sweep
+from clifflab.cli.bench import command
+from clifflab.errors import InputError
+
+KEYS = [
+    "bench", "model", "dtype", "method", "tokens", "repeats", "seconds_median", "tokens_per_second", "ratio_to_plain",
+    "max_abs_diff", "peak_memory_bytes",
+]  # fmt: skip
+
+
+def test_bench_sweep_writes_records_and_prints_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    ways = ["closing", "all", "direct", "attribution"]
+    args = ["sweep", "--model", "geometry:tiny", "--tokens", "30", "--closing", "3", "--traces", "2", "--repeats", "2"]
+    args += [part for way in ways for part in ("--method", way)]
+    result = CliRunner().invoke(command, [*args, "--json", str(file)], catch_exceptions=False)
+    assert result.exit_code == 0
+    records = json.loads(file.read_text())
+    assert [record["method"] for record in records] == ["plain", *ways]
+    for record in records:
+        assert list(record) == KEYS
+        assert (record["bench"], record["model"], record["dtype"]) == ("sweep", "geometry:tiny", "float32")
+        assert (record["tokens"], record["repeats"]) == (33, 2)
+        assert record["max_abs_diff"] <= 1e-4
+        assert record["peak_memory_bytes"] > 1 << 20
+        swept = 3 if record["method"] == "plain" else 16  # plain: a few heads, the others all
+        assert record["tokens_per_second"] == pytest.approx(2 * 33 * swept / record["seconds_median"])
+        per_head = records[0]["seconds_median"] / 3
+        assert record["ratio_to_plain"] == pytest.approx(per_head * swept / record["seconds_median"])
+    assert "ratio to" in result.stdout
+
+
+def test_a_wrong_result_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clifflab.sweep import Swept, sweep
+
+    def wrong(*args: Any, **kwargs: Any) -> Swept:
+        found = sweep(*args, **kwargs)
+        return Swept(found.clean, found.changed + 0.01)
+
+    monkeypatch.setattr("clifflab.bench.sweep.sweep", wrong)
+    settings = SweepBench(model="geometry:tiny", tokens=20, traces=1, repeats=1, methods=("closing",))
+    with pytest.raises(UnequalResultsError, match=r"closing differs from plain by 0\.01, more than 0\.0001"):
+        bench_sweep(settings, lambda line: None)
+
+
+def test_bad_options_are_one_line() -> None:
+    with pytest.raises(InputError, match="--model: geometry:none: no such geometry; choose from smollm2-135m"):
+        bench_sweep(SweepBench(model="geometry:none"), lambda line: None)
+    with pytest.raises(InputError, match="--tokens: 9000: the model reads 2048 tokens; give at most 2044"):
+        bench_sweep(SweepBench(model="geometry:tiny", tokens=9000), lambda line: None)
