@@ -104,6 +104,14 @@ def find_heads(loaded: LoadedModel) -> HeadMap:
     return found
 
 
+def heads_of(loaded: LoadedModel) -> HeadMap:
+    """The model's heads, found and checked once as long as it stays loaded (see :func:`find_heads`)."""
+    if loaded.heads is None:
+        loaded.heads = find_heads(loaded)
+    found: HeadMap = loaded.heads
+    return found
+
+
 def _head_layer(loaded: LoadedModel, index: int) -> HeadLayer:
     block: Any = loaded.blocks[index]
     candidates = []
