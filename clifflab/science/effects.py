@@ -92,6 +92,11 @@ class Paired:
         p = np.where((error == 0) & (mean == 0), 1.0, p)
         return cls(mean, mean - reach, mean + reach, p, n, groups)
 
+    def column(self, index: int) -> Paired:
+        """One reading of all heads, ``[H]`` of ``[H, X]``."""
+        mean, low, high, p = (part[:, index] for part in (self.mean, self.low, self.high, self.p))
+        return Paired(mean, low, high, p, self.n, self.groups)
+
     def figure(self, *index: int) -> dict[str, Any]:
         """One of them as plain data: ``mean, low, high, n, groups``."""
         values = {name: number(getattr(self, name)[index]) for name in ("mean", "low", "high")}
@@ -158,12 +163,9 @@ def verdicts(effects: Paired, q_H: Floats, gap: Mapping[str, Any], threshold: fl
     return np.where(passed, np.sign(np.nan_to_num(effects.mean)), 0).astype(np.int8)
 
 
-def ranks(values_H: Floats) -> npt.NDArray[np.int64]:
-    """Rank of every head from 1, largest value first; ties in the order given, heads without a number last."""
-    order = np.argsort(np.where(np.isfinite(values_H), -values_H, np.inf), kind="stable")
-    out = np.empty(len(values_H), dtype=np.int64)
-    out[order] = np.arange(1, len(values_H) + 1)
-    return out
+def best_first(values_H: Floats) -> list[int]:
+    """Places of the heads in the order of their values, largest first; ties as given, heads without a number last."""
+    return [int(place) for place in np.argsort(np.where(np.isfinite(values_H), -values_H, np.inf), kind="stable")]
 
 
 def rank_correlation(estimate_H: Floats, exact_H: Floats) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from clifflab.stages.cliff import CliffStep
 from clifflab.stages.controls import ControlsStep
 from clifflab.stages.duplicates import DuplicatesStep
 from clifflab.stages.guard import GuardStep
+from clifflab.stages.head_estimates import HeadEstimatesStep
+from clifflab.stages.heads import HeadsStep
 from clifflab.stages.judge import JudgeStep
 from clifflab.stages.probe import ProbeStep
 from clifflab.stages.prompts import PromptsStep
@@ -28,6 +30,8 @@ _ORDER = (
     ControlsStep(),
     CliffStep(),
     TruncationStep(),
+    HeadEstimatesStep(),
+    HeadsStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}
