@@ -11,6 +11,7 @@ from clifflab.stages.controls import ControlsStep
 from clifflab.stages.duplicates import DuplicatesStep
 from clifflab.stages.guard import GuardStep
 from clifflab.stages.head_estimates import HeadEstimatesStep
+from clifflab.stages.head_sets import HeadSetsStep
 from clifflab.stages.heads import HeadsStep
 from clifflab.stages.judge import JudgeStep
 from clifflab.stages.probe import ProbeStep
@@ -32,6 +33,7 @@ _ORDER = (
     TruncationStep(),
     HeadEstimatesStep(),
     HeadsStep(),
+    HeadSetsStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}
