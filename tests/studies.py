@@ -30,6 +30,8 @@ def small_study(**changes: Any) -> dict[str, Any]:
         "cliff": {"bootstrap": 200},
         "probe": {"min_examples": 12, **FEW},
         "truncation": {"traces": 4},
+        "heads": {"traces": 0},  # the search for heads and what follows has studies of its own
+        "ablation": {"traces": 0},
         "report": {"figures": False},  # drawing takes longer than all the rest
     }
     return {**data, **changes}

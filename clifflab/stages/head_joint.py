@@ -87,7 +87,7 @@ def _dose(found: Joint, dose: Dose, positions: Sequence[str]) -> dict[str, Any]:
         if dose.kind == "suppression":
             drawn = [found.paired("attacked", REPORTING, at, heads).mean for heads in dose.random]
             draws = np.asarray([means[LOG_ODDS] for means in drawn])
-            effects[at]["random"] = band(draws)
+            effects[at]["random"] = {**band(draws), "distinct": len(set(dose.random))}
             effects[at]["above_random"] = percentile(float(reported.mean[LOG_ODDS]), draws)
     return {
         "kind": dose.kind,

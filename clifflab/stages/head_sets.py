@@ -75,7 +75,11 @@ class HeadSetsStep(Step):
         tensors = {
             positions: _effects(context, tools, traces, sets, positions) for positions in context.study.heads.positions
         }
-        write_safetensors(context.part(unit), {name: torch.from_numpy(array) for name, array in tensors.items()}, {})
+        write_safetensors(
+            context.part(unit),
+            {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
+            {},
+        )
         return {"rows": len(traces), "sets": len(sets), "tokens": sum(len(trace.ids) for trace in traces)}
 
     def _greedy(self, context: Context, unit: Unit, tools: Tools) -> dict[str, Any]:
@@ -111,7 +115,11 @@ class HeadSetsStep(Step):
         tensors = {RANKING: np.stack(found, 1), REPORTING: _effects(context, tools, traces[REPORTING], path, positions)}
         order = [next(head for head in new if head not in old) for old, new in zip([(), *path], path, strict=False)]
         tensors["order"] = np.asarray(order, dtype=np.int32)
-        write_safetensors(context.part(unit), {name: torch.from_numpy(array) for name, array in tensors.items()}, {})
+        write_safetensors(
+            context.part(unit),
+            {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
+            {},
+        )
         every = [*traces[RANKING], *traces[REPORTING]]
         return {"rows": len(every), "heads": len(path), "tokens": sum(len(trace.ids) for trace in every)}
 
@@ -141,4 +149,5 @@ def _effects(
         sweep(tools.loaded, tools.heads, trace, sets, tools.meter, tools.intervention, positions, budget)
         for trace in traces
     ]
-    return np.stack([found.effects[:, [0, -1]] for found in swept]).astype(np.float32)
+    effects = np.stack([found.effects[:, [0, -1]] for found in swept])
+    return np.ascontiguousarray(effects, dtype=np.float32)
