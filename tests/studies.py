@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 from clifflab import Study
 from clifflab.studyfile import parse_study
 
+# Steps that a study runs between "truncation" and "report".
+SEARCH = ("head_estimates", "heads", "head_sets")
+NO_HEADS = {"heads": {"traces": 0}, "ablation": {"traces": 0}}  # the search for heads has studies of its own
 FEW = {"refits": 4, "folds": 3, "shuffles": 3}  # controls that cost little
 
 
@@ -30,8 +33,7 @@ def small_study(**changes: Any) -> dict[str, Any]:
         "cliff": {"bootstrap": 200},
         "probe": {"min_examples": 12, **FEW},
         "truncation": {"traces": 4},
-        "heads": {"traces": 0},  # the search for heads and what follows has studies of its own
-        "ablation": {"traces": 0},
+        **NO_HEADS,
         "report": {"figures": False},  # drawing takes longer than all the rest
     }
     return {**data, **changes}

@@ -35,7 +35,7 @@ class HeadEstimatesStep(Step):
 
     def settings(self, study: Study) -> Any:
         """Traces, intervention and positions."""
-        names = {"method", "positions", "traces", "controls", "gamma", "replace", "renormalise", "attacked", "plain"}
+        names = {"positions", "traces", "controls", "gamma", "replace", "renormalise", "attacked", "plain"}
         return study.heads.model_dump(mode="json", include={*names, "batch_size", "only"})
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
@@ -65,8 +65,6 @@ class HeadEstimatesStep(Step):
             try:
                 rows["direct"].append(direct_effects(loaded, heads, trace, meter).heads[0])
             except InputError as error:  # the other methods do not need what it needs of the architecture
-                if settings.method == "direct":
-                    raise
                 no_direct = error.problem
                 rows["direct"].append(np.full(len(heads), np.nan))
             for positions in settings.positions:

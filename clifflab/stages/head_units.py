@@ -257,7 +257,7 @@ def joined(parts: Sequence[tuple[Unit, Any]], names: Sequence[str]) -> dict[tupl
 
 def layers_of(total: int, block: int) -> Iterator[tuple[int, int]]:
     """Blocks of layers ``[first, last)``; 0 is one block of all."""
-    size = block or total
+    size = block or max(total, 1)
     return ((first, min(first + size, total)) for first in range(0, total, size))
 
 

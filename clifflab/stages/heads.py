@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from clifflab import tables
 from clifflab.artifacts import write_json, write_parquet, write_safetensors
 from clifflab.config import Study
+from clifflab.errors import InputError
 from clifflab.models.heads import Head
 from clifflab.science.effects import Paired, best_first, top_count
 from clifflab.stages.base import Context, Layout, Step, Unit
@@ -95,6 +96,8 @@ class HeadsStep(Step):
             write_parquet(out, tables.HEADS.empty_table())
             write_json(out_json, {"reason": estimates.reason, "total": sum(estimates.heads_per_layer)})
             return {"heads": 0, "reason": estimates.reason}
+        if estimates.no_direct and context.study.heads.method == "direct":
+            raise InputError("heads.method", "direct", estimates.no_direct, "use attribution or exact")
         swept = swept_heads(context, model)
         exact = _exact(context, self.plan(context, model), swept, len(estimates.heads_per_layer))
         search = Search.of(context, model, estimates, swept, exact)
