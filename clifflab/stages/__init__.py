@@ -1,5 +1,7 @@
 """A study's stages, in the order of the data."""
 
+from clifflab.stages.ablated import AblatedStep
+from clifflab.stages.ablation import AblationStep
 from clifflab.stages.base import Context as Context
 from clifflab.stages.base import Identities as Identities
 from clifflab.stages.base import Layout as Layout
@@ -34,6 +36,8 @@ _ORDER = (
     HeadEstimatesStep(),
     HeadsStep(),
     HeadSetsStep(),
+    AblatedStep(),
+    AblationStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}

@@ -11,7 +11,7 @@ from clifflab.config import Study
 from clifflab.science.asr import attack_success
 from clifflab.stages.base import Layout
 
-_FOUND_BY = ("controls", "truncation", "agreement")
+_FOUND_BY = ("controls", "truncation", "agreement", "ablation")
 
 
 def study_metrics(study: Study, layout: Layout) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class ReportStep(Step):
     per_model = False
     inputs = (
         "prompts", "duplicates", "traces", "judge", "guard", "probe", "controls", "cliff", "truncation", "heads",
-        "head_sets",
+        "head_sets", "ablation",
     )  # fmt: skip
     suffix = ".zip"
 
