@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from clifflab.science.effects import top_count
+from clifflab.science.effects import random_sets, top_count
 from clifflab.science.stats import DIFFERENCE, Floats, GroupBootstrap, percentile_interval
 
 Head = tuple[int, int]
@@ -55,51 +54,35 @@ def conditions(fractions: Sequence[float], kinds: Sequence[Kind], draws: int, to
     return found
 
 
-def heads_of(
-    condition: Condition, suppression: Sequence[Head], promoting: Sequence[Head], layers: Sequence[int], seed: int
-) -> tuple[Head, ...]:
-    """The heads that a condition removes, in the order of the model.
+def removed_heads(
+    found: Sequence[Condition],
+    suppression: Sequence[Head],
+    promoting: Sequence[Head],
+    heads_per_layer: Sequence[int],
+    seed: int,
+) -> list[tuple[Head, ...]]:
+    """The heads that each condition removes, in the order of the model.
 
     Args:
-        condition: The condition.
+        found: The conditions.
         suppression: Heads from the one whose removal raises refusal most.
         promoting: Heads from the one whose removal lowers it most.
-        layers: Heads of each layer.
+        heads_per_layer: Heads of each layer.
         seed: Seed of the study.
     """
-    count = top_count(condition.fraction, sum(layers))
-    top = {"none": [], "promoting": list(promoting)}.get(condition.kind, list(suppression))[:count]
-    if condition.kind == "random":
-        top = random_heads(top, layers, f"{seed}:{condition.fraction}:{condition.draw}")
-    return tuple(sorted(top))
-
-
-def random_heads(chosen: Sequence[Head], layers: Sequence[int], seed: str) -> list[Head]:
-    """As many random heads in each layer as are chosen there, none of the chosen ones.
-
-    Where a layer has too few others, the rest come from the nearest layers that have some, lower ones first.
-
-    Args:
-        chosen: Heads whose counts are matched.
-        layers: Heads of each layer.
-        seed: Text that seeds the draw.
-    """
-    rng = np.random.Generator(np.random.Philox(key=_number(f"random heads:{seed}")))
-    left = {
-        layer: [(layer, int(head)) for head in rng.permutation(size) if (layer, int(head)) not in set(chosen)]
-        for layer, size in enumerate(layers)
-    }
-    wanted = Counter(layer for layer, _ in chosen)
-    drawn, short = [], []
-    for layer in sorted(wanted):
-        take = min(wanted[layer], len(left[layer]))
-        drawn += [left[layer].pop() for _ in range(take)]
-        short += [layer] * (wanted[layer] - take)
-    for layer in short:
-        near = [other for other in sorted(left, key=lambda at: (abs(at - layer), at)) if left[other]]
-        if near:
-            drawn.append(left[near[0]].pop())
-    return sorted(drawn)
+    draws = max((condition.draw + 1 for condition in found if condition.draw is not None), default=0)
+    sets: list[tuple[Head, ...]] = []
+    random: dict[int, list[list[Head]]] = {}
+    for condition in found:
+        count = top_count(condition.fraction, sum(heads_per_layer))
+        if condition.draw is not None:
+            if count not in random:
+                random[count] = random_sets(suppression[:count], heads_per_layer, draws, seed)
+            sets.append(tuple(random[count][condition.draw]))
+        else:
+            ranked = {"none": [], "promoting": promoting}.get(condition.kind, suppression)
+            sets.append(tuple(sorted(ranked[:count])))
+    return sets
 
 
 def ranked_by_hash(seed: int, purpose: str, names: Sequence[str]) -> list[int]:
@@ -228,7 +211,3 @@ def perplexities(
 def _finite_exp(value: float) -> float | None:
     """``exp``, or ``None`` where it is no finite number: a model may give what it would never say probability 0."""
     return math.exp(value) if math.isfinite(value) and value < 700 else None
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -18,7 +18,7 @@ from clifflab.models.intervene import Intervention
 from clifflab.models.loading import LoadedModel
 from clifflab.models.perplexity import Reading, total_nll
 from clifflab.science.judges import Verdict, judge
-from clifflab.stages.ablation_plan import Row, experiment, removed_heads
+from clifflab.stages.ablation_plan import Row, ablated_heads, experiment
 from clifflab.stages.base import Context, Layout, Step, Unit, chunks
 from clifflab.stages.traces import spans_of, spans_written
 from clifflab.text.spans import Spans
@@ -63,7 +63,7 @@ class AblatedStep(Step):
         plan, kind = experiment(context, unit.model), unit.payload["rows"]
         start, stop = unit.payload["start"], unit.payload["stop"]
         loaded = context.loaded(unit.model)
-        removed = removed_heads(context, unit.model, heads_of(loaded))
+        removed = ablated_heads(context, unit.model, heads_of(loaded))
         rows = dict([*plan.rows, (_PERPLEXITY, plan.perplexity)])[kind][start:stop]
         table = context.table(context.layout.folder(unit.model) / "traces.parquet")
         traces = table.take(pa.array([index for _, index in rows], pa.int64())).to_pylist()

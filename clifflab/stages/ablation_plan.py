@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import read_parquet
-from clifflab.models.heads import HeadMap
-from clifflab.science.ablation import Condition, conditions, heads_of, ranked_by_hash, turn
+from clifflab.models.heads import Head, HeadMap
+from clifflab.science.ablation import Condition, conditions, ranked_by_hash, removed_heads, turn
 from clifflab.stages.base import Context
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.head_ranks import cluster_halves, ranked_heads
@@ -41,20 +42,24 @@ class Experiment:
 
 def experiment(context: Context, model: str) -> Experiment:
     """The plan, from the ranked heads and the traces; computed once as long as they stay the same."""
-    folder = context.layout.folder(model)
-    names = [folder / name for name in ("traces.parquet", "outcomes.parquet", "heads.parquet", "heads.json")]
-    files = [*names, context.layout.root / "clusters.parquet"]
-    return context.once(f"ablation:{model}", files, lambda: _experiment(context, model))
+    return context.once(f"ablation:{model}", _files(context, model), lambda: _experiment(context, model))
 
 
-def removed_heads(context: Context, model: str, heads: HeadMap) -> list[tuple[tuple[int, int], ...]]:
+def ablated_heads(context: Context, model: str, heads: HeadMap) -> list[tuple[Head, ...]]:
     """Heads of every condition of the experiment."""
-    ranked = ranked_heads(context, model)
-    layers = [layer.heads for layer in heads.layers]
-    return [
-        heads_of(condition, ranked.suppression, ranked.promoting, layers, context.study.seed)
-        for condition in experiment(context, model).conditions
-    ]
+
+    def choose() -> list[tuple[Head, ...]]:
+        ranked, layers = ranked_heads(context, model), [layer.heads for layer in heads.layers]
+        found = experiment(context, model).conditions
+        return removed_heads(found, ranked.suppression, ranked.promoting, layers, context.study.seed)
+
+    return context.once(f"ablated:{model}", _files(context, model), choose)
+
+
+def _files(context: Context, model: str) -> list[Path]:
+    folder = context.layout.folder(model)
+    names = ("traces.parquet", "outcomes.parquet", "heads.parquet", "heads.json")
+    return [*(folder / name for name in names), context.layout.root / "clusters.parquet"]
 
 
 def _experiment(context: Context, model: str) -> Experiment:
