@@ -39,6 +39,19 @@ def small_study(**changes: Any) -> dict[str, Any]:
     return {**data, **changes}
 
 
+def ablation_study(**changes: Any) -> dict[str, Any]:
+    """A small study that searches few traces for heads and removes what it finds."""
+    return small_study(
+        **{
+            "name": "ablated",
+            "truncation": {"traces": 0},
+            "heads": {"traces": 8, "controls": 4, "positions": ["closing"], "random_directions": 0, "candidates": 2},
+            "ablation": {"traces": 8, "fractions": [0.0, 0.03], "random_draws": 4, "perplexity_traces": 8},
+            **changes,
+        }
+    )
+
+
 def parse(data: dict[str, Any]) -> Study:
     return parse_study(data)
 

@@ -67,6 +67,8 @@ def export_ablated(
         raise InputError("export", what, problem, "export heads scaled by a gamma alone")
     if not chosen:
         raise InputError("--heads", "", "no head is named", "give some as layer.head, e.g. 4.2,6.2")
+    from transformers import GenerationConfig
+
     check_out(out)
     spec = spec.model_copy(update={"dtype": own_dtype(spec), "trust_remote_code": False})
     loaded = load(spec)
@@ -81,12 +83,15 @@ def export_ablated(
     }
     with _beside(out) as scratch:
         scale(heads, chosen, intervention.gamma)
+        loaded.model.generation_config = GenerationConfig()  # the source's own is copied, whatever it says
         loaded.model.save_pretrained(scratch)
         del loaded, heads  # two copies of a large model need not fit
         copy_files(source, scratch)
         about["check"] = _check(spec, scratch, hooked, plain, intervention)
         for name, text in describe(about).items():
             (scratch / name).write_bytes(text.encode())
+            for file in scratch.iterdir():  # weights are written for their owner alone; whoever serves them reads them
+                file.chmod((scratch / name).stat().st_mode)
     return about
 
 

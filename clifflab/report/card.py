@@ -67,7 +67,7 @@ def _card(about: Mapping[str, Any]) -> str:
         "",
     ]
     if run:
-        lines += [f"- Study `{run['study']}`, seed {run['seed']}, model `{run['model']}`"]
+        lines += [f"- Study `{run['study']}`, seed {run['seed']}, model `{run['model']}`, run in {run['dtype']}"]
         lines += [f"- Fingerprint of the step `{name}`: `{value}`" for name, value in run["fingerprints"].items()]
     else:
         lines.append("- The heads were named by hand; no run of a study stands behind them.")

@@ -125,8 +125,10 @@ class _SetTable:
         return labels.pop() if len(labels) == 1 else "mixed"
 
     def about(self) -> dict[str, Any]:
-        """Label and number of traces."""
-        return {"label": self.label, "traces": len(self.traces)}
+        """Label, number of traces, and how many of them have a thinking that could be held fixed."""
+        fixed = [k for k, (thinking, _) in enumerate(self.columns) if thinking == "fixed"]
+        held = int(self.present[:, fixed].any(1).sum()) if fixed else None
+        return {"label": self.label, "traces": len(self.traces), "fixed_traces": held}
 
     def rows(self, model: str, name: str, perplexity: Mapping[Key, float | None]) -> list[dict[str, Any]]:
         """One row for every condition, draws apart, and treatment of the thinking."""

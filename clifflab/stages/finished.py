@@ -80,12 +80,13 @@ class FinishedRun:
         return sorted(ranked.suppression[: top_count(fraction, ranked.total)])
 
     def provenance(self) -> dict[str, Any]:
-        """Which run this is: its study, seed, model, and the fingerprints of the steps that chose and measured."""
+        """Which run this is: study, seed, model, its dtype, and fingerprints of the steps that chose and measured."""
         steps = {name: self.manifest["steps"].get(f"{self.spec.name}/{name}") for name in _STEPS}
         return {
             "study": self.study.name,
             "seed": self.study.seed,
             "model": self.spec.name,
+            "dtype": self.spec.dtype,
             "fingerprints": {name: step["fingerprint"] for name, step in steps.items() if step},
             "clifflab": {name: step["clifflab"] for name, step in steps.items() if step},
         }
