@@ -83,7 +83,8 @@ def export_ablated(
     }
     with _beside(out) as scratch:
         scale(heads, chosen, intervention.gamma)
-        loaded.model.generation_config = GenerationConfig()  # the source's own is copied, whatever it says
+        # The source's own is copied, whatever it says; saving would refuse some.
+        loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         loaded.model.save_pretrained(scratch)
         del loaded, heads  # two copies of a large model need not fit
         copy_files(source, scratch)
