@@ -239,3 +239,43 @@ ABLATION = pa.schema(
         ("perplexity", pa.float64()),
     ]
 )
+
+ABLATION_TRACES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("model", pa.string()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("sample", pa.int32()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("fraction", pa.float64()),
+        ("kind", pa.string()),
+        ("draw", pa.int32()),
+        ("thinking", pa.string()),
+        ("thinking_text", pa.string()),
+        ("response", pa.string()),
+        ("thinking_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+        ("closed", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("outcome", pa.string()),
+        ("outcome_reason", pa.string()),
+        ("as_before", pa.bool_()),
+    ]
+)
+
+ABLATION_PERPLEXITY = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("model", pa.string()),
+        ("trace_id", pa.string()),
+        ("group", pa.string()),
+        ("fraction", pa.float64()),
+        ("kind", pa.string()),
+        ("draw", pa.int32()),
+        ("tokens", pa.int32()),
+        ("nll", pa.float64()),
+    ]
+)

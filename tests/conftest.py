@@ -112,3 +112,12 @@ def cli(tmp_path: Path) -> Cli:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def ablated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of the planted model whose heads were searched and removed."""
+    from clifflab.runtime.study import run
+    from tests.studies import ablation_study, parse
+
+    return run(parse(ablation_study()), tmp_path_factory.mktemp("ablated"), runtime="inline").root

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 from clifflab import Study
 from clifflab.studyfile import parse_study
 
+# Steps that a study runs between "truncation" and "report".
+SEARCH = ("head_estimates", "heads", "head_sets")
+NO_HEADS = {"heads": {"traces": 0}, "ablation": {"traces": 0}}  # the search for heads has studies of its own
 FEW = {"refits": 4, "folds": 3, "shuffles": 3}  # controls that cost little
 
 
@@ -30,9 +33,23 @@ def small_study(**changes: Any) -> dict[str, Any]:
         "cliff": {"bootstrap": 200},
         "probe": {"min_examples": 12, **FEW},
         "truncation": {"traces": 4},
+        **NO_HEADS,
         "report": {"figures": False},  # drawing takes longer than all the rest
     }
     return {**data, **changes}
+
+
+def ablation_study(**changes: Any) -> dict[str, Any]:
+    """A small study that searches few traces for heads and removes what it finds."""
+    return small_study(
+        **{
+            "name": "ablated",
+            "truncation": {"traces": 0},
+            "heads": {"traces": 8, "controls": 4, "positions": ["closing"], "random_directions": 0, "candidates": 2},
+            "ablation": {"traces": 8, "fractions": [0.0, 0.03], "random_draws": 4, "perplexity_traces": 8},
+            **changes,
+        }
+    )
 
 
 def parse(data: dict[str, Any]) -> Study:

@@ -14,7 +14,7 @@ from clifflab.models import load
 from clifflab.stages.readout import Readers, read_traces
 from clifflab.studyfile import parse_study
 from tests.conftest import ARCHITECTURES
-from tests.studies import FEW, assert_same_tables, tables_of
+from tests.studies import FEW, NO_HEADS, assert_same_tables, tables_of
 
 MODELS = ("planted", *ARCHITECTURES)
 
@@ -38,6 +38,7 @@ def study(checkpoints: dict[str, Path], traces: Path, **runtime: Any) -> Any:
             "traces": {"max_new_tokens": 48, "batch_size": 12},
             "probe": {"min_examples": 8, **FEW},
             "truncation": {"traces": 4, "max_new_tokens": 8},
+            **NO_HEADS,
             "cliff": {"bootstrap": 100},
             "report": {"figures": False},
             "runtime": runtime,

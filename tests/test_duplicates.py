@@ -25,7 +25,7 @@ from clifflab.data.prompts import derived_group
 from clifflab.errors import ConfigError
 from clifflab.organism.language import prompt_rows
 from clifflab.runtime.study import identify, plan, prepare
-from tests.studies import parse, small_study
+from tests.studies import SEARCH, parse, small_study
 
 DATA = Path(os.environ.get("CLIFFLAB_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 DEFAULTS = DuplicatesConfig().model_dump(exclude={"enabled"})
@@ -340,7 +340,7 @@ def test_what_a_setting_touches(root: Path, study: dict[str, Any]) -> None:
     def steps(**changes: Any) -> list[str]:
         return [name for name, _ in plan(identify(prepare(parse({**study, **changes})), root))]
 
-    after = ["duplicates", "capture", "probe", "controls", "cliff", "truncation", "report"]
+    after = ["duplicates", "capture", "probe", "controls", "cliff", "truncation", *SEARCH, "report"]
     assert steps() == []
     assert steps(duplicates={"threshold": 0.6}) == after
     assert steps(duplicates={"enabled": False}) == after

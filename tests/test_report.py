@@ -19,7 +19,7 @@ from clifflab.report import numbers
 from clifflab.runtime.study import identify, plan, prepare
 from tests.browser import Canary, Elements, canary, needs_chromium, opened
 from tests.conftest import tiny_config
-from tests.studies import parse
+from tests.studies import NO_HEADS, parse
 
 RUN = "document.documentElement.setAttribute('data-h'+'it','1')"
 MARK = 'data-hit="1"'
@@ -102,6 +102,7 @@ def hostile_study(tmp_path_factory: pytest.TempPathFactory, bird: Canary) -> dic
         "prompts": sets,
         "probe": {"min_examples": 6},
         "cliff": {"bootstrap": 100},
+        **NO_HEADS,
     }
 
 

@@ -21,7 +21,7 @@ from clifflab.runtime.progress import Silent
 from clifflab.runtime.study import identify, plan, prepare
 from clifflab.stages import STEPS
 from tests.conftest import Cli
-from tests.studies import FEW, assert_same_tables, events, parse, small_study, tables_of
+from tests.studies import FEW, SEARCH, assert_same_tables, events, parse, small_study, tables_of
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,15 @@ def test_a_changed_setting_computes_what_depends_on_it(inline: Path) -> None:
 
     assert steps() == []
     assert steps(cliff={"bootstrap": 200, "window": [0.2, 0.8]}) == ["cliff", "report"]
-    assert steps(cliff={"bootstrap": 300}) == ["capture", "probe", "controls", "cliff", "truncation", "report"], (
-        "states are captured anew"
-    )
+    assert steps(cliff={"bootstrap": 300}) == [
+        "capture",
+        "probe",
+        "controls",
+        "cliff",
+        "truncation",
+        *SEARCH,
+        "report",
+    ], "states are captured anew"
     assert steps(runtime={"threads": 2, "workers": 1}) == []
     assert steps(seed=1)[0] == "prompts"
 
@@ -179,11 +185,27 @@ def test_a_step_that_is_computed_anew_is_not_whole_meanwhile(inline: Path, tmp_p
     """Interrupted while another penalty's probes were written: going back to the first penalty computes them again."""
     root = shutil.copytree(inline, tmp_path / "small")
     changed = identify(prepare(parse(small_study(probe={"min_examples": 12, "c": 1.0, **FEW}))), root)
-    assert [name for name, _ in plan(changed)] == ["capture", "probe", "controls", "cliff", "truncation", "report"]
+    assert [name for name, _ in plan(changed)] == [
+        "capture",
+        "probe",
+        "controls",
+        "cliff",
+        "truncation",
+        *SEARCH,
+        "report",
+    ]
     with pytest.raises(KeyboardInterrupt):
         clifflab.run(changed.study, tmp_path, runtime="inline", reporter=Interrupting("probe"))
     back = identify(prepare(parse(small_study())), root)
-    assert [name for name, _ in plan(back)] == ["capture", "probe", "controls", "cliff", "truncation", "report"]
+    assert [name for name, _ in plan(back)] == [
+        "capture",
+        "probe",
+        "controls",
+        "cliff",
+        "truncation",
+        *SEARCH,
+        "report",
+    ]
 
 
 class Interrupting(Silent):
@@ -201,7 +223,7 @@ def test_a_missing_table_takes_what_follows_with_it(inline: Path, tmp_path: Path
     root = shutil.copytree(inline, tmp_path / "copy")
     (root / "planted" / "outcomes.parquet").unlink()
     names = [name for name, _ in plan(identify(prepare(parse(small_study())), root))]
-    assert names == ["judge", "guard", "capture", "probe", "controls", "cliff", "truncation", "report"]
+    assert names == ["judge", "guard", "capture", "probe", "controls", "cliff", "truncation", *SEARCH, "report"]
 
 
 def test_nothing_closes(tmp_path: Path) -> None:

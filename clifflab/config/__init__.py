@@ -97,6 +97,15 @@ class Study(Section):
             raise ValueError("prompts: every set is marked ood; leave one unmarked for probes to train on")
         return self
 
+    @model_validator(mode="after")
+    def _known_sets(self) -> Study:
+        names = [prompt_set.name for prompt_set in self.prompts]
+        for field in ("attacked", "plain"):
+            unknown = [name for name in getattr(self.heads, field) if name not in names]
+            if unknown:
+                raise ValueError(f"heads.{field}: no set is called {unknown[0]!r}; give some of {', '.join(names)}")
+        return self
+
     def model(self, name: str) -> ModelSpec:
         """The model of that name."""
         return next(model for model in self.models if model.name == name)

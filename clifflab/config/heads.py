@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from clifflab.config.base import Section
+
+
+def parse_head(name: str) -> tuple[int, int]:
+    """A head as ``(layer, head)`` from ``layer.head``."""
+    found = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", name.strip())
+    if not found:
+        raise ValueError(f"{name!r} is no head: write layer.head, counted from 0, as in 4.2")
+    return int(found[1]), int(found[2])
 
 
 class HeadsConfig(Section):
@@ -19,7 +28,8 @@ class HeadsConfig(Section):
         positions: Where a head is changed: at the ``closing`` tokens, at ``all`` tokens, or one sweep of each. The
             first one ranks.
         traces: Attacked traces that are swept, of each half of the groups; 0 leaves heads and ablation out.
-        controls: Plain refused and benign answered traces that are swept, of each half.
+        controls: Plain refused and benign answered traces that are swept, of the half that effects are reported on;
+            the benign ones of the other half give the ``mean`` outputs.
         gamma: Factor of a changed head's output; 0 removes it.
         replace: ``scale`` by gamma, or put the ``mean`` over benign answered traces in its place.
         renormalise: Keep the norm of each token's head outputs.
@@ -34,7 +44,7 @@ class HeadsConfig(Section):
         batch_size: Traces of one unit of work.
         layer_block: Layers of one unit of work; 0 takes all layers at once.
         budget_mb: Memory for the activations of one batch.
-        only: Heads to look at as ``layer.head``; all by default.
+        only: Heads to look at as ``layer.head``; all by default. Fractions count all heads of the model.
     """
 
     method: Literal["direct", "attribution", "exact", "screen-then-exact"] = "exact"
@@ -62,6 +72,13 @@ class HeadsConfig(Section):
     def _some_positions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or len(set(value)) != len(value):
             raise ValueError("give closing, all, or both once")
+        return value
+
+    @field_validator("only")
+    @classmethod
+    def _heads(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            parse_head(name)
         return value
 
 

@@ -18,11 +18,16 @@ class Request:
         prompt_ids: The chat prefix.
         seed: Seed of this row's own random numbers.
         limit: Most tokens to write.
+        drawn: Random numbers of the row's stream that were used before. A trace that is continued after its first
+            ``drawn`` tokens meets the numbers that it would have met there.
+        heads: Heads that are changed while it is written, as ``(layer, head)``.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
     limit: int
+    drawn: int = 0
+    heads: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

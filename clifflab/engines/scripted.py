@@ -21,7 +21,8 @@ class ScriptedEngine:
         self.renderer, self.script = renderer, script
 
     def generate(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
-        """Play back the script, cut at each request's limit."""
+        """Play back the script, cut at each request's limit; what is written has no heads to change."""
+        assert not any(request.heads for request in requests)
         completions = []
         for request in requests:
             text = self.script(self.renderer.decode(request.prompt_ids), request.seed)

@@ -8,20 +8,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
 from clifflab.config import TracesConfig
 from clifflab.engines.base import Completion, Request
 from clifflab.models.forward import not_finite, position_ids, split_on_oom
+from clifflab.models.heads import HeadMap
+from clifflab.models.intervene import ChosenRows, Intervention, intervene
 from clifflab.models.loading import LoadedModel
 
 
 class TransformersEngine:
-    """The plain engine: any causal language model that transformers loads."""
+    """The plain engine: any causal language model that transformers loads.
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    Args:
+        loaded: The model.
+        heads: Its heads, where requests name some to change.
+        intervention: What is done to those, at every token of the prompt and of what is written.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, heads: HeadMap | None = None, intervention: Intervention | None = None
+    ) -> None:
+        self.loaded, self.heads, self.intervention = loaded, heads, intervention or Intervention()
 
     def generate(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
         """Complete every request as one batch; a batch too large for the GPU's memory is halved.
@@ -31,10 +42,20 @@ class TransformersEngine:
         """
         return split_on_oom(lambda part: self._batch(part, sampling), requests)
 
-    @torch.inference_mode()
     def _batch(self, requests: Sequence[Request], sampling: TracesConfig) -> list[Completion]:
+        sets = [request.heads for request in requests]
+        if not any(sets):
+            return self._write(requests, sampling, None)
+        assert self.heads is not None
+        with intervene(self.heads, sets, self.intervention) as chosen:
+            return self._write(requests, sampling, chosen)
+
+    @torch.inference_mode()
+    def _write(
+        self, requests: Sequence[Request], sampling: TracesConfig, chosen: ChosenRows | None
+    ) -> list[Completion]:
         loaded, device = self.loaded, self.loaded.device
-        uniforms = [np.random.Generator(np.random.Philox(key=r.seed)).random(r.limit) for r in requests]
+        uniforms = [uniform_numbers(request) for request in requests]
         width = max(len(r.prompt_ids) for r in requests)
         tokens_BT = torch.full((len(requests), width), loaded.pad_id, dtype=torch.long)
         mask_BT = torch.zeros((len(requests), width), dtype=torch.long)
@@ -86,9 +107,17 @@ class TransformersEngine:
                 cache.batch_select_indices(index)
                 tokens_BT, positions_BT, mask_BT = tokens_BT[index], positions_BT[index], mask_BT[index]
                 rows = [rows[b] for b in keep]
+                if chosen is not None:
+                    chosen.keep(keep)
         return [
             Completion(tuple(ids), "stop" if r == "stop" else "length") for ids, r in zip(written, reasons, strict=True)
         ]
+
+
+def uniform_numbers(request: Request) -> npt.NDArray[np.float64]:
+    """The numbers in [0, 1) that a request's tokens are drawn by, one a token."""
+    stream = np.random.Generator(np.random.Philox(key=request.seed))
+    return stream.random(request.drawn + request.limit)[request.drawn :]
 
 
 def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

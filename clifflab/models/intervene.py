@@ -89,6 +89,23 @@ def chosen_masks(heads: HeadMap, sets: Sequence[Sequence[Head]], device: Any = N
     return {layer: mask.to(device) for layer, mask in masks.items()}
 
 
+@dataclass
+class ChosenRows:
+    """Which heads are changed in the rows of the batch that a ``with`` of :func:`intervene` runs.
+
+    Attributes:
+        masks: For each layer with a chosen head, bool ``[B or 1, H]``.
+    """
+
+    masks: dict[int, torch.Tensor]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows: those of a batch that shrinks while it is generated."""
+        for layer, mask in self.masks.items():
+            if len(mask) > 1:
+                self.masks[layer] = mask[torch.tensor(list(rows), device=mask.device)]
+
+
 @contextmanager
 def intervene(
     heads: HeadMap,
@@ -96,8 +113,10 @@ def intervene(
     intervention: Intervention,
     where_BT: torch.Tensor | None = None,
     from_end_BT: torch.Tensor | None = None,
-) -> Iterator[None]:
+) -> Iterator[ChosenRows]:
     """Change heads in every forward pass inside the ``with``; the model is as before when it closes.
+
+    What the ``with`` yields follows a batch whose rows leave it.
 
     Args:
         heads: The model's heads.
@@ -109,15 +128,17 @@ def intervene(
     Raises:
         InterventionError: A hook never fired although the body of the ``with`` ended well.
     """
-    masks = chosen_masks(heads, sets)
+    chosen = ChosenRows(chosen_masks(heads, sets))
+    masks = chosen.masks
     fired: set[int] = set()
 
-    def hook_of(layer: HeadLayer, mask_BH: torch.Tensor) -> Callable[[nn.Module, Any], Any]:
+    def hook_of(layer: HeadLayer) -> Callable[[nn.Module, Any], Any]:
         def hook(_module: nn.Module, inputs: Any) -> Any:
             z_BTI = inputs[0]
             fired.add(layer.index)
             end = None if from_end_BT is None else from_end_BT.to(z_BTI.device)
-            changed = intervention.apply(layer, z_BTI, mask_BH.to(z_BTI.device), end)
+            masks[layer.index] = masks[layer.index].to(z_BTI.device)
+            changed = intervention.apply(layer, z_BTI, masks[layer.index], end)
             if where_BT is not None:
                 changed = torch.where(where_BT.to(z_BTI.device)[..., None], changed, z_BTI)
             return (changed, *inputs[1:])
@@ -125,11 +146,10 @@ def intervene(
         return hook
 
     handles = [
-        heads.layers[layer].projection.register_forward_pre_hook(hook_of(heads.layers[layer], mask))
-        for layer, mask in masks.items()
+        heads.layers[layer].projection.register_forward_pre_hook(hook_of(heads.layers[layer])) for layer in masks
     ]
     try:
-        yield
+        yield chosen
     finally:
         for handle in handles:
             handle.remove()

@@ -35,6 +35,7 @@ class LoadedModel:
         stop_ids: Ids that end a turn.
         context: Longest sequence in tokens.
         d_model: Width of the residual stream.
+        heads: Its attention heads, once they were asked for (see :func:`clifflab.models.heads.heads_of`).
     """
 
     spec: ModelSpec
@@ -46,6 +47,7 @@ class LoadedModel:
     pad_id: int
     context: int
     d_model: int
+    heads: Any = None
 
     @property
     def device(self) -> torch.device:

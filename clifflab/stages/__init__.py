@@ -1,5 +1,7 @@
 """A study's stages, in the order of the data."""
 
+from clifflab.stages.ablated import AblatedStep
+from clifflab.stages.ablation import AblationStep
 from clifflab.stages.base import Context as Context
 from clifflab.stages.base import Identities as Identities
 from clifflab.stages.base import Layout as Layout
@@ -10,6 +12,9 @@ from clifflab.stages.cliff import CliffStep
 from clifflab.stages.controls import ControlsStep
 from clifflab.stages.duplicates import DuplicatesStep
 from clifflab.stages.guard import GuardStep
+from clifflab.stages.head_estimates import HeadEstimatesStep
+from clifflab.stages.head_sets import HeadSetsStep
+from clifflab.stages.heads import HeadsStep
 from clifflab.stages.judge import JudgeStep
 from clifflab.stages.probe import ProbeStep
 from clifflab.stages.prompts import PromptsStep
@@ -28,6 +33,11 @@ _ORDER = (
     ControlsStep(),
     CliffStep(),
     TruncationStep(),
+    HeadEstimatesStep(),
+    HeadsStep(),
+    HeadSetsStep(),
+    AblatedStep(),
+    AblationStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}

@@ -13,11 +13,10 @@ from clifflab import tables
 from clifflab.artifacts import read_json, read_parquet, write_json, write_parquet
 from clifflab.config import Study
 from clifflab.errors import TraceError
-from clifflab.models.lens import Lens, make_lens
-from clifflab.science.controls import opening_tokens
 from clifflab.stages.base import Context, Layout, Step, Unit, chunks
 from clifflab.stages.controls import cluster_folds
-from clifflab.stages.duplicates import group_clusters, group_splits, held_out_sets
+from clifflab.stages.duplicates import group_clusters, group_splits
+from clifflab.stages.openings import opening_ids, opening_lens
 from clifflab.stages.readout import kept_readers, read_traces, record
 from clifflab.stages.scored import Scored, curve_table
 from clifflab.stages.summary import summary
@@ -50,7 +49,7 @@ class CliffStep(Step):
         """Score and measure one batch."""
         assert unit.model is not None
         settings, readers = context.study.cliff, kept_readers(context, unit.model)
-        loaded, lens = context.loaded(unit.model), self._lens(context, unit.model)
+        loaded, lens = context.loaded(unit.model), opening_lens(context, unit.model)
         folds, clusters = cluster_folds(context, unit.model), group_clusters(context)
         table = context.table(context.layout.folder(unit.model) / "traces.parquet")
         rows = _closed(context, unit.model)[unit.payload["start"] : unit.payload["stop"]]
@@ -77,38 +76,14 @@ class CliffStep(Step):
         write_json(figures, found)
         return {"traces": len(scored.traces)}
 
-    def _lens(self, context: Context, model: str) -> Lens | None:
-        """The logit lens of the model's own opening words."""
-        folder = context.layout.folder(model)
-        files = [folder / name for name in ("traces.parquet", "outcomes.parquet")]
-        openings = self._opening_ids(context, model)
-        return context.once(f"lens:{model}", files, lambda: make_lens(context.loaded(model), *openings))
-
-    def _opening_ids(self, context: Context, model: str) -> tuple[list[int], list[int]]:
-        """First tokens of the refusals and of the compliances of training groups."""
-        folder = context.layout.folder(model)
-        files = [folder / name for name in ("traces.parquet", "outcomes.parquet")]
-
-        def count() -> tuple[list[int], list[int]]:
-            splits, held_out = group_splits(context), held_out_sets(context.study)
-            columns = ["token_ids", "response_start", "set", "group"]
-            traces = context.table(files[0]).select(columns).to_pylist()
-            first: dict[str, list[int]] = {"refused": [], "complied": []}
-            for trace, outcome in zip(traces, context.table(files[1])["outcome"].to_pylist(), strict=True):
-                if outcome in first and splits[trace["group"]] == "train" and trace["set"] not in held_out:
-                    first[outcome].append(trace["token_ids"][trace["response_start"]])
-            return opening_tokens(first["refused"], first["complied"])
-
-        return context.once(f"openings:{model}", files, count)
-
     def _openings(self, context: Context, model: str) -> dict[str, Any]:
         """The two sets of opening tokens as text, and whether the model has a lens for them."""
-        refusal, compliance = self._opening_ids(context, model)
+        refusal, compliance = opening_ids(context, model)
         renderer = context.loaded(model).renderer
         return {
             "refusal": [renderer.decode([token]) for token in refusal],
             "compliance": [renderer.decode([token]) for token in compliance],
-            "lens": self._lens(context, model) is not None,
+            "lens": opening_lens(context, model) is not None,
         }
 
     def _rejects(self, context: Context, model: str, scored: Scored) -> pa.Table:

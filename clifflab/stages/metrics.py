@@ -11,7 +11,7 @@ from clifflab.config import Study
 from clifflab.science.asr import attack_success
 from clifflab.stages.base import Layout
 
-_FOUND_BY = ("controls", "truncation", "agreement")
+_FOUND_BY = ("controls", "truncation", "agreement", "ablation")
 
 
 def study_metrics(study: Study, layout: Layout) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def model_metrics(study: Study, layout: Layout, name: str) -> dict[str, Any]:
     return {
         **read_json(folder / "summary.json"),
         **{part: read_json(folder / f"{part}.json") for part in _FOUND_BY},
+        "heads": {**read_json(folder / "heads.json"), "sets": read_json(folder / "head_sets.json")},
         "attacks": _attacks(study, layout.root, folder),
     }
 

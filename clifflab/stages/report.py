@@ -19,7 +19,10 @@ class ReportStep(Step):
 
     name = "report"
     per_model = False
-    inputs = ("prompts", "duplicates", "traces", "judge", "guard", "probe", "controls", "cliff", "truncation")
+    inputs = (
+        "prompts", "duplicates", "traces", "judge", "guard", "probe", "controls", "cliff", "truncation", "heads",
+        "head_sets", "ablation",
+    )  # fmt: skip
     suffix = ".zip"
 
     def settings(self, study: Study) -> Any:

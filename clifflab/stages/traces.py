@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from clifflab import tables
 from clifflab.artifacts import read_parquet, write_parquet
 from clifflab.config import Study
-from clifflab.engines import Request, TransformersEngine, row_seed
+from clifflab.engines import Completion, Request, TransformersEngine, row_seed
 from clifflab.errors import TraceError
 from clifflab.models.loading import LoadedModel
 from clifflab.stages.base import Context, Layout, Step, Unit, chunks
@@ -71,10 +72,7 @@ class TracesStep(Step):
             ]
             completions = TransformersEngine(loaded).generate(requests, sampling)
             for (base, prompt_ids), completion in zip(todo, completions, strict=True):
-                spans = loaded.renderer.parse(prompt_ids, completion.ids)
-                if completion.finish_reason == "length" and spans.response_start == spans.end:
-                    # Cut before the response began: which closing token is the last one is not known.
-                    spans = replace(spans, closing_start=spans.end, closed=False)
+                spans = spans_written(loaded, prompt_ids, completion)
                 ids = [*prompt_ids, *completion.ids]
                 traces.append(_finish(loaded, base, ids, spans, completion.finish_reason, "generated"))
         traces.sort(key=lambda trace: trace["row"])
@@ -127,6 +125,15 @@ def _prompt_ids(loaded: LoadedModel, prompt: dict[str, Any]) -> list[int]:
     if len(ids) >= loaded.context:
         raise TraceError("too_long", f"{len(ids)} prompt tokens fill the context of {loaded.context}")
     return ids
+
+
+def spans_written(loaded: LoadedModel, prompt_ids: Sequence[int], completion: Completion) -> Spans:
+    """Token borders of what the model wrote from a prompt."""
+    spans = loaded.renderer.parse(list(prompt_ids), completion.ids)
+    if completion.finish_reason == "length" and spans.response_start == spans.end:
+        # Cut before the response began: which closing token is the last one is not known.
+        spans = replace(spans, closing_start=spans.end, closed=False)
+    return spans
 
 
 def _existing(loaded: LoadedModel, base: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Any]:
