@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -35,10 +36,27 @@ def test_bench_sweep_writes_records_and_prints_a_table(tmp_path: Path) -> None:
         assert record["max_abs_diff"] <= 1e-4
         assert record["peak_memory_bytes"] > 1 << 20
         swept = 3 if record["method"] == "plain" else 16  # plain: a few heads, the others all
-        assert record["tokens_per_second"] == pytest.approx(2 * 33 * swept / record["seconds_median"])
-        per_head = records[0]["seconds_median"] / 3
-        assert record["ratio_to_plain"] == pytest.approx(per_head * swept / record["seconds_median"])
+        assert record["tokens_per_second"] == pytest.approx(2 * 33 * (swept + 1) / record["seconds_median"])
+        full_pass = records[0]["seconds_median"] / 4  # three heads, and the unchanged model
+        assert record["ratio_to_plain"] == pytest.approx(full_pass * (swept + 1) / record["seconds_median"])
     assert "ratio to" in result.stdout
+
+
+def test_half_precision_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clifflab.sweep import Swept, sweep
+
+    ways = ("closing", "all", "direct", "attribution")
+    settings = SweepBench(model="geometry:tiny", dtype="bfloat16", tokens=20, traces=2, repeats=1, methods=ways)
+    records = bench_sweep(settings, lambda line: None)
+    assert {record.dtype for record in records} == {"bfloat16"}
+
+    def nothing(*args: Any, **kwargs: Any) -> Swept:
+        found = sweep(*args, **kwargs)
+        return Swept(found.clean, np.broadcast_to(found.clean, found.changed.shape))
+
+    monkeypatch.setattr("clifflab.bench.sweep.sweep", nothing)
+    with pytest.raises(UnequalResultsError, match="no number where plain has one|differs from plain"):
+        bench_sweep(settings, lambda line: None)
 
 
 def test_a_wrong_result_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +68,7 @@ def test_a_wrong_result_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("clifflab.bench.sweep.sweep", wrong)
     settings = SweepBench(model="geometry:tiny", tokens=20, traces=1, repeats=1, methods=("closing",))
-    with pytest.raises(UnequalResultsError, match=r"closing differs from plain by 0\.01, more than 0\.0001"):
+    with pytest.raises(UnequalResultsError, match=r"closing differs from plain by 0\.01, more than"):
         bench_sweep(settings, lambda line: None)
 
 

@@ -14,6 +14,7 @@ from clifflab.errors import InputError
 from clifflab.models.loading import LoadedModel, find_blocks
 
 PREFIX = "geometry:"
+_LOUD = 8.0
 _SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -58,6 +59,9 @@ def random_model(path: str, dtype: str, seed: int) -> LoadedModel:
         torch.manual_seed(seed)
         make: Any = AutoModelForCausalLM.from_config
         model = make(config, dtype=getattr(torch, dtype)).eval()
+        for name, parameter in model.named_parameters():
+            if "o_proj.weight" in name:
+                parameter.data.mul_(_LOUD)  # so that a head's effect stands out of the rounding
     spec = ModelSpec(name=name, path=path, dtype=dtype)  # type: ignore[arg-type]
     return LoadedModel(
         spec=spec,

@@ -26,8 +26,8 @@ class Record:
         tokens: Tokens of one trace.
         repeats: Timed runs, after an untimed one.
         seconds_median: Median seconds of a run.
-        tokens_per_second: Tokens of all traces, once for every swept head, per second.
-        ratio_to_plain: Seconds of the plain way for the same work, over this method's.
+        tokens_per_second: Tokens of all traces, once for every swept head and once unchanged, per second.
+        ratio_to_plain: Seconds that the plain way needs for all heads, over this method's.
         max_abs_diff: Largest difference from the plain way's results.
         peak_memory_bytes: Peak memory during the runs: the device's, or on a CPU this process's.
     """

@@ -43,7 +43,7 @@ class HeadsConfig(Section):
         candidates: Top heads whose joint removal is searched, greedily and in pairs.
         batch_size: Traces of one unit of work.
         layer_block: Layers of one unit of work; 0 takes all layers at once.
-        budget_mb: Memory for the activations of one batch.
+        budget_mb: Memory for the activations of one batch; 0 is an eighth of a GPU, or 512.
         only: Heads to look at as ``layer.head``; all by default. Fractions count all heads of the model.
     """
 
@@ -64,7 +64,7 @@ class HeadsConfig(Section):
     candidates: int = Field(default=8, ge=2, le=64)
     batch_size: int = Field(default=8, ge=1)
     layer_block: int = Field(default=0, ge=0)
-    budget_mb: int = Field(default=512, ge=16)
+    budget_mb: int = Field(default=0, ge=0)
     only: tuple[str, ...] = ()
 
     @field_validator("positions")

@@ -84,7 +84,7 @@ def split_on_oom(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> l
     try:
         return run(items)
     except torch.OutOfMemoryError:
-        if len(items) == 1:
+        if len(items) <= 1:
             raise
     # Outside the handler: the traceback no longer holds the failed pass's tensors.
     torch.cuda.empty_cache()

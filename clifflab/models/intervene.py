@@ -68,7 +68,8 @@ class Intervention:
         if self.means is None:
             out = z_BTI * torch.where(chosen_B1I, self.gamma, 1.0).to(z_BTI.dtype)
         else:
-            assert from_end_BT is not None
+            if from_end_BT is None:
+                raise InterventionError("means are by distance from the final position, which was not given")
             out = torch.where(chosen_B1I, self.means.at(layer.index, from_end_BT).to(z_BTI), z_BTI)
         if not self.renormalise:
             return out
@@ -82,6 +83,7 @@ def chosen_masks(heads: HeadMap, sets: Sequence[Sequence[Head]], device: Any = N
     """For each layer with a chosen head: which heads of each row, bool ``[B, H]``."""
     masks: dict[int, torch.Tensor] = {}
     for row, members in enumerate(sets):
+        heads.check(members, "heads")
         for layer, head in members:
             if layer not in masks:
                 masks[layer] = torch.zeros((len(sets), heads.layers[layer].heads), dtype=torch.bool)

@@ -22,10 +22,13 @@ class Lens:
 
     Attributes:
         norm: The model's final norm.
-        refusal: Rows of the output head for the tokens that open refusals, ``[S, D]``.
+        refusal: Rows of the output head for the tokens that open refusals, ``[S, D]`` float32: products in half
+            precision would round log-odds by as much as a head changes them.
         compliance: Rows for those that open compliances.
         biases: Their biases, or ``None``.
         softcap: Bound that the model puts on its logits, or ``None``.
+        scale: Factor that the model puts on its logits.
+        dtype: Of the states that the norm takes.
     """
 
     norm: nn.Module
@@ -33,13 +36,15 @@ class Lens:
     compliance: torch.Tensor
     biases: tuple[torch.Tensor, torch.Tensor] | None
     softcap: float | None
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
 
     def log_odds(self, states_ND: torch.Tensor) -> torch.Tensor:
         """Log of P(refusal openings) over P(compliance openings) as if each state were the last, ``[N]``."""
-        normed = self.norm(states_ND.to(self.refusal.dtype))
+        normed = self.norm(states_ND.to(self.dtype)).float()
         sums: list[torch.Tensor] = []
         for index, rows in enumerate((self.refusal, self.compliance)):
-            logits = (normed @ rows.T).float()
+            logits = self.scale * (normed @ rows.T)
             if self.biases is not None:
                 logits = logits + self.biases[index].float()
             if self.softcap:
@@ -63,17 +68,22 @@ def make_lens(loaded: LoadedModel, refusal: Sequence[int], compliance: Sequence[
     ids = _sample(loaded)
     own = loaded.model(input_ids=ids, use_cache=False).logits
     plain = head(loaded.body(input_ids=ids, use_cache=False).last_hidden_state)
-    plain = softcap * torch.tanh(plain / softcap) if softcap else plain
-    if not torch.allclose(plain.float(), own.float(), atol=1e-3, rtol=1e-3):
+    plain, own = plain.float(), own.float()
+    # Some architectures (Cohere, Granite) put a factor on their logits.
+    scale = 1.0 if softcap else float((own * plain).sum() / plain.square().sum())
+    plain = softcap * torch.tanh(plain / softcap) if softcap else scale * plain
+    if not torch.allclose(plain, own, atol=1e-3, rtol=1e-3):
         return None
     bias = getattr(head, "bias", None)
     weight: Any = head.weight
     return Lens(
         norm=norm,
-        refusal=weight[list(refusal)],
-        compliance=weight[list(compliance)],
+        refusal=weight[list(refusal)].float(),
+        compliance=weight[list(compliance)].float(),
         biases=None if bias is None else (bias[list(refusal)], bias[list(compliance)]),
         softcap=softcap,
+        scale=1.0 if abs(scale - 1.0) < 1e-3 else scale,
+        dtype=weight.dtype,
     )
 
 
@@ -86,7 +96,8 @@ def final_norm(loaded: LoadedModel) -> nn.Module | None:
         out = loaded.body(input_ids=ids, use_cache=False).last_hidden_state
     for module in loaded.body.modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (loaded.d_model,):
+        bare = weight is None and "norm" in type(module).__name__.lower()
+        if not bare and (not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (loaded.d_model,)):
             continue
         if torch.allclose(module(got[last]).float(), out.float(), atol=1e-4, rtol=1e-4):
             return module

@@ -186,7 +186,7 @@ def _load(spec: ModelSpec, find_format: Callable[[Any], ThinkingFormat]) -> Load
     return LoadedModel(
         spec=spec,
         model=model,
-        body=model.base_model,
+        body=model.base_model if model.base_model is not model else model.get_decoder(),
         blocks=nn.ModuleList(),
         renderer=Renderer(tokenizer, form, spec.system),
         stop_ids=_stop_ids(model, tokenizer),

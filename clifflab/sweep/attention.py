@@ -45,7 +45,7 @@ class Prefix:
     mask: torch.Tensor | None
 
 
-@dataclass
+@dataclass(eq=False)
 class SharedPrefix:
     """Recorded prefixes of one sequence, by attention module.
 
@@ -76,16 +76,17 @@ def shared_prefix(loaded: LoadedModel, heads: HeadMap, start: int) -> Iterator[S
     """
     owners = [loaded.body, *(layer.attention for layer in heads.layers)]
     configs = list({id(c): c for owner in owners if (c := getattr(owner, "config", None)) is not None}.values())
-    before = [config._attn_implementation for config in configs]
+    # The private name: the public one would set the parts of a composite configuration too.
+    before = [config._attn_implementation_internal for config in configs]
     state = SharedPrefix(start, eager=before[-1] == "eager")
     _ACTIVE.append(state)
     try:
         for config in configs:
-            config._attn_implementation = _NAME
+            config._attn_implementation_internal = _NAME
         yield state
     finally:
         for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+            config._attn_implementation_internal = name
         _ACTIVE.remove(state)
 
 
@@ -170,13 +171,16 @@ def joint_attention(
         sink = sinks.float().reshape(groups, 1, served, 1, 1)
         top = torch.maximum(top, sink)
         extra = (sink - top).exp()
-    shared, own = (shared - top).exp(), (own - top).exp()
+    if torch.is_grad_enabled():
+        shared, own = (shared - top).exp(), (own - top).exp()
+    else:
+        shared, own = shared.sub_(top).exp_(), own.sub_(top).exp_()
     total = shared.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + extra
     out = torch.einsum("grqct,rgts->grqcs", own, value.float())
     mixed = shared.reshape(groups, rows * served * last, span) @ prefix.values.float()
     out = (out + mixed.reshape(out.shape)) / total
     joined: torch.Tensor = out.permute(1, 3, 0, 2, 4).reshape(rows, last, count, -1)
-    return joined.to(query.dtype)
+    return joined.to(query.dtype).contiguous()
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from clifflab.errors import InterventionError
-from clifflab.models.heads import HeadMap
+from clifflab.models.forward import not_finite
+from clifflab.models.heads import HeadLayer, HeadMap
 from clifflab.models.intervene import Intervention
 from clifflab.models.loading import LoadedModel
 from clifflab.science.stats import Floats
@@ -85,18 +87,51 @@ def attribution(
     from_end_1C = torch.arange(seen[0].shape[1] - 1, -1, -1)[None]
     columns = []
     for layer, z_1CI in zip(heads.layers, seen, strict=True):
-        device = z_1CI.device
-        one_each = torch.eye(layer.heads, dtype=torch.bool, device=device)
-        changed_HCI = intervention.apply(layer, z_1CI, one_each, from_end_1C.to(device))
-        step_HCI = (changed_HCI - z_1CI).float() * where_C.to(device)[None, :, None]
-        estimates = []
-        for by_layer in gradients:
-            if layer.index < len(by_layer):
-                estimates.append((step_HCI * by_layer[layer.index].float()).sum((1, 2)).double().cpu().numpy())
-            else:
-                estimates.append(np.full(layer.heads, np.nan))
-        columns.append(np.stack(estimates, 1))
-    return np.concatenate(columns)
+        steps = [None if layer.index >= len(by_layer) else by_layer[layer.index][0] for by_layer in gradients]
+        from_end, where = from_end_1C.to(z_1CI.device), where_C.to(z_1CI.device)
+        columns.append(_estimates(layer, intervention, z_1CI, steps, from_end, where))
+    estimates = np.concatenate(columns)
+    if not np.isfinite(estimates[:, 1]).all():
+        raise not_finite(loaded, "gradients of the refusal log-odds")
+    return estimates
+
+
+def _estimates(
+    layer: HeadLayer,
+    intervention: Intervention,
+    z_1CI: torch.Tensor,
+    gradients: list[torch.Tensor | None],
+    from_end_1C: torch.Tensor,
+    where_C: torch.Tensor,
+) -> Floats:
+    """``(z' - z) . gradient`` for every head of a layer alone, ``[H, readings]``; no copy of ``z`` a head is made.
+
+    Changing all heads at once gives each head's own step; renormalisation then scales all of ``z`` by one number for
+    each head and token, which follows from norms.
+    """
+
+    def by_head(values_CI: torch.Tensor) -> torch.Tensor:
+        return values_CI.reshape(len(values_CI), layer.heads, layer.size).sum(-1)
+
+    every = torch.ones(1, layer.heads, dtype=torch.bool, device=z_1CI.device)
+    own = replace(intervention, renormalise=False).apply(layer, z_1CI, every, from_end_1C)[0].float()
+    z_CI = z_1CI[0].float()
+    step_CI = own - z_CI
+    ratio_CH = torch.ones(len(z_CI), layer.heads, device=z_CI.device)
+    if intervention.renormalise:
+        before_C1 = z_CI.square().sum(-1, keepdim=True)
+        after_CH = before_C1 - by_head(z_CI.square()) + by_head(own.square())
+        ratio_CH = torch.where(after_CH > 0, (before_C1 / after_CH.clamp_min(1e-30)).sqrt(), 1.0)
+    columns = []
+    for gradient_CI in gradients:
+        if gradient_CI is None:
+            columns.append(np.full(layer.heads, np.nan))
+            continue
+        gradient = gradient_CI.float()
+        along_C1 = (z_CI * gradient).sum(-1, keepdim=True)
+        estimate_CH = (ratio_CH - 1) * along_C1 + ratio_CH * by_head(step_CI * gradient)
+        columns.append((estimate_CH * where_C[:, None]).sum(0).double().cpu().numpy())
+    return np.stack(columns, 1)
 
 
 @contextmanager

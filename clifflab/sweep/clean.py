@@ -5,18 +5,19 @@ Shape suffixes: R rows, C tokens from ``start`` on, T all tokens, D width of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from clifflab.models.forward import not_finite
 from clifflab.models.heads import HeadLayer, HeadMap
 from clifflab.models.loading import LoadedModel
 from clifflab.sweep.attention import SharedPrefix, shared_prefix
-from clifflab.sweep.types import SweepTrace
+from clifflab.sweep.types import Meter, SweepTrace
 
 _HIDDEN = "hidden_states"
 
@@ -32,6 +33,9 @@ class CleanPass:
         entering: Residual stream entering each block at those tokens, ``[1, C, D]``.
         calls: How the model called each block, the tokens before ``start`` cut away.
         prefix: Keys and values of the tokens before ``start``; ``None`` where whole sequences run.
+        leaving: Residual stream after the last block at those tokens, ``[1, C, D]``.
+        carries: Whether blocks hand each other something beside the residual stream (keys and values that later layers
+            share, as in Gemma 4): rows then have to pass through all blocks.
     """
 
     loaded: LoadedModel
@@ -40,10 +44,29 @@ class CleanPass:
     entering: list[torch.Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     prefix: SharedPrefix | None
+    leaving: torch.Tensor
+    carries: bool
+
+    def after(self, layer: int) -> torch.Tensor:
+        """Residual stream after a block, ``[1, C, D]``."""
+        return self.entering[layer + 1] if layer + 1 < len(self.entering) else self.leaving
+
+    def readings(self, meter: Meter) -> Any:
+        """The unchanged model's readings, ``[M]`` float64."""
+        into_1M = torch.full((1, meter.width), torch.nan, dtype=torch.float64)
+        last = len(self.entering) - 1
+        for layer in sorted({*meter.layers, last}):
+            meter.read(layer, layer == last, self.after(layer)[:, -1], into_1M)
+        if not torch.isfinite(into_1M).all():
+            raise not_finite(self.loaded, "readings at the final position")
+        return into_1M[0].numpy()
 
     def block(self, layer: int, states_RCD: torch.Tensor) -> torch.Tensor:
         """Run one block on rows of residual states; ``[R, C, D]``."""
         args, kwargs = self.calls[layer]
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and len(mask) == 1:
+            kwargs = {**kwargs, "attention_mask": mask.expand(len(states_RCD), -1, -1, -1)}
         if args:
             out = self.loaded.blocks[layer](states_RCD, *args[1:], **kwargs)
         else:
@@ -65,27 +88,30 @@ def clean_pass(loaded: LoadedModel, heads: HeadMap, trace: SweepTrace, start: in
     total = len(trace.ids)
     entering: list[torch.Tensor] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    leaving: list[torch.Tensor] = []
+    carried: list[Any] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs[_HIDDEN]
-        entering.append(hidden[:, start:].clone() if start else hidden)
+        entering.append(hidden[:, start:].clone())  # a copy: some blocks add into what they are given
+        carried.extend(value for value in (*args, *kwargs.values()) if _carrier(value))
         # Masks are the shared prefix's concern; whole sequences keep theirs.
         drop = ("attention_mask", "past_key_values", "layer_past", "past_key_value") if start else ()
         rest = {name: None if name in drop else _cut(value, start, total) for name, value in kwargs.items()}
         calls.append(((None, *(_cut(value, start, total) for value in args[1:])) if args else (), rest))
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in loaded.blocks]
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        leaving.append((output[0] if isinstance(output, tuple) else output)[:, start:].clone())
+
     with shared_prefix(loaded, heads, start) if start else nullcontext() as prefix:
-        try:
-            ids = torch.tensor([trace.ids], device=loaded.device)
-            with torch.no_grad():
-                loaded.body(input_ids=ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for block in loaded.blocks:
+                hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hooks.callback(loaded.blocks[-1].register_forward_hook(leave).remove)
+            loaded.body(input_ids=torch.tensor([trace.ids], device=loaded.device), use_cache=False)
         if prefix is not None:
             prefix.recording = False
-        yield CleanPass(loaded, start, total - start, entering, calls, prefix)
+        yield CleanPass(loaded, start, total - start, entering, calls, prefix, leaving[0], bool(carried))
 
 
 @contextmanager
@@ -118,6 +144,11 @@ def _cut(value: Any, start: int, total: int) -> Any:
         return value
     if isinstance(value, tuple | list):
         return type(value)(_cut(part, start, total) for part in value)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return {name: _cut(part, start, total) for name, part in value.items()}
     return value
+
+
+def _carrier(value: Any) -> bool:
+    """Whether a block can leave something in there for later ones: a mapping that is filled as blocks run."""
+    return isinstance(value, MutableMapping) and not (isinstance(value, dict) and value)

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from clifflab.errors import InputError
+from clifflab.models.forward import not_finite
 from clifflab.models.heads import HeadMap
 from clifflab.models.hooks import capture
 from clifflab.models.loading import LoadedModel
 from clifflab.science.stats import Floats
 from clifflab.sweep.types import Meter, SweepTrace
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Branch:
     outs: dict[str, torch.Tensor] = field(default_factory=dict)
     firsts: dict[str, torch.Tensor] = field(default_factory=dict)
     lasts: dict[str, torch.Tensor] = field(default_factory=dict)
+    centred: bool = False
 
 
 @torch.no_grad()
@@ -81,9 +83,8 @@ def direct_effects(loaded: LoadedModel, heads: HeadMap, trace: SweepTrace, meter
         handles += _watch(passes[index], block, heads.layers[index].attention, heads.layers[index].projection)
     final: dict[int, torch.Tensor] = {}
     try:
-        with capture(
-            loaded.blocks, range(len(loaded.blocks)), lambda at, hidden: final.__setitem__(at, hidden[0, -1].float())
-        ):
+        every = range(len(loaded.blocks))
+        with capture(loaded.blocks, every, lambda at, hidden: final.__setitem__(at, hidden[0, -1].float().clone())):
             loaded.body(input_ids=torch.tensor([trace.ids], device=loaded.device), use_cache=False)
     finally:
         for handle in handles:
@@ -91,17 +92,18 @@ def direct_effects(loaded: LoadedModel, heads: HeadMap, trace: SweepTrace, meter
     embedding_D = passes[0].entering
     assert embedding_D is not None
     writes_HD, mlps_D, biases_D = [], [], []
+    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", 1.0))
     for index, layer in enumerate(heads.layers):
         own = passes[index]
         assert own.values is not None
         assert own.entering is not None
-        scale_D = _scale(own, "attention") * float(getattr(loaded.model.config, "residual_multiplier", 1.0))
+        scale_D = _scale(own) * multiplier
         bias = getattr(layer.projection, "bias", None)
         heads_HD = layer.writes(own.values).float() * scale_D
         bias_D = torch.zeros_like(own.entering) if bias is None else bias.float() * scale_D
-        # The MLP's branch is what is left of the block's write; below it is compared with what its module returned.
-        mlp_D = final[index] - own.entering.to(final[index].device) - heads_HD.sum(0) - bias_D
-        _check_block(loaded, index, own, mlp_D, final[index])
+        mlp_D = own.lasts["mlp"] * multiplier if "mlp" in own.lasts else None
+        _check_block(loaded, index, own, heads_HD.sum(0) + bias_D, mlp_D, final[index])
+        assert mlp_D is not None
         writes_HD.append(heads_HD)
         mlps_D.append(mlp_D)
         biases_D.append(bias_D)
@@ -114,29 +116,33 @@ def _watch(own: _Branch, block: nn.Module, attention: nn.Module, projection: nn.
     mlp = _mlp(children, attention)
 
     def enter(_m: nn.Module, args: Any, kwargs: Any) -> None:
-        own.entering = (args[0] if args else kwargs["hidden_states"])[0, -1].float()
+        own.entering = (args[0] if args else kwargs["hidden_states"])[0, -1].float().clone()
 
     def project(_m: nn.Module, args: Any) -> None:
-        own.values = args[0][0, -1]
+        own.values = args[0][0, -1].clone()
 
     def branch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_m: nn.Module, _args: Any, output: Any) -> None:
             own.outs[name] = output[0] if isinstance(output, tuple) else output
-            own.firsts[name] = own.lasts[name] = own.outs[name].reshape(-1, own.outs[name].shape[-1])[-1].float()
+            own.firsts[name] = own.lasts[name] = _last(own.outs[name])
 
         return hook
 
-    def follow(_m: nn.Module, args: Any, output: Any) -> None:
+    def follow(module: nn.Module, args: Any, output: Any) -> None:
         # A norm or dropout of a branch takes the very tensor that the branch returned.
         for name, out in own.outs.items():
             if args and args[0] is out and isinstance(output, torch.Tensor):
-                own.outs[name] = output
-                own.lasts[name] = output.reshape(-1, output.shape[-1])[-1].float()
+                own.outs[name], own.lasts[name] = output, _last(output)
+                own.centred |= isinstance(module, nn.LayerNorm)
+
+    def leave(_m: nn.Module, _args: Any, _output: Any) -> None:
+        own.outs.clear()  # whole sequences; only the final position is kept
 
     handles = [
         block.register_forward_pre_hook(enter, with_kwargs=True),
         projection.register_forward_pre_hook(project),
         attention.register_forward_hook(branch("attention")),
+        block.register_forward_hook(leave),
     ]
     if mlp is not None:
         handles.append(mlp.register_forward_hook(branch("mlp")))
@@ -153,21 +159,39 @@ def _mlp(children: dict[str, nn.Module], attention: nn.Module) -> nn.Module | No
     return found[0] if len(found) == 1 else None
 
 
-def _scale(own: _Branch, name: str) -> torch.Tensor:
-    """What a branch's output is multiplied by, entry by entry, before it enters the residual stream; ``[D]``."""
-    first, last = own.firsts[name], own.lasts[name]
+def _last(hidden: torch.Tensor) -> torch.Tensor:
+    """A branch's output at the final position, ``[D]``; a copy, since some blocks add into it."""
+    return hidden.reshape(-1, hidden.shape[-1])[-1].float().clone()
+
+
+def _scale(own: _Branch) -> torch.Tensor:
+    """What the attention's output is multiplied by, entry by entry, before it enters the residual stream; ``[D]``."""
+    first, last = own.firsts["attention"], own.lasts["attention"]
     return torch.where(first != 0, last / torch.where(first != 0, first, 1.0), 1.0)
 
 
-def _check_block(loaded: LoadedModel, index: int, own: _Branch, mlp_D: torch.Tensor, leaving_D: torch.Tensor) -> None:
-    """Compare the rest of the block's write with what its MLP returned."""
-    multiplier = float(getattr(loaded.model.config, "residual_multiplier", 1.0))
-    returned = own.lasts.get("mlp")
-    scale = max(float(leaving_D.abs().max()), 1.0)
+def _check_block(
+    loaded: LoadedModel,
+    index: int,
+    own: _Branch,
+    attention_D: torch.Tensor,
+    mlp_D: torch.Tensor | None,
+    leaving_D: torch.Tensor,
+) -> None:
+    """Entering stream, attention and MLP must add up to the leaving stream, on the scale of the two writes."""
+    problem = f"the writes of block {index} do not add up to what it adds to the residual stream"
+    error = InputError("heads.method", loaded.spec.path, problem, "direct effects are not defined for it")
+    if mlp_D is None or own.centred or own.entering is None:
+        raise error
+    if not torch.isfinite(leaving_D).all():
+        raise not_finite(loaded, f"residual states after block {index}")
+    writes = (attention_D, mlp_D.to(attention_D.device))
+    left = leaving_D.to(attention_D.device) - own.entering.to(attention_D.device) - writes[0] - writes[1]
     dtype = loaded.model.dtype
-    if returned is None or float((returned * multiplier - mlp_D).abs().max()) > _TOLERANCE.get(dtype, 1e-3) * scale:
-        problem = f"the writes of block {index} do not add up to what it adds to the residual stream"
-        raise InputError("heads.method", loaded.spec.path, problem, "use method exact or attribution")
+    limit = _TOLERANCE.get(dtype, 1e-3) * float(writes[0].norm() + writes[1].norm())
+    limit += 2 * torch.finfo(dtype).eps * float(leaving_D.norm() + own.entering.norm())
+    if not float(left.norm()) <= limit:
+        raise error
 
 
 def _project(

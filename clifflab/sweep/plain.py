@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from clifflab.models.forward import position_ids
+from clifflab.models.forward import not_finite, position_ids
 from clifflab.models.heads import Head, HeadMap
 from clifflab.models.hooks import capture
 from clifflab.models.intervene import Intervention, intervene
@@ -74,6 +74,8 @@ def plain_sweep(
                 loaded.model(**batch, use_cache=False, output_hidden_states=True)
             else:
                 loaded.body(**batch, use_cache=False)
+        if not torch.isfinite(into_BM).all():
+            raise not_finite(loaded, "readings at the final position")
         return into_BM
 
     clean_BM = run()

@@ -27,6 +27,8 @@ from clifflab.sweep.clean import CleanPass, changed_heads, clean_pass
 from clifflab.sweep.types import Meter, Positions, SweepTrace, Swept
 
 _CPU_TOKENS = 4096  # of a batch on a CPU: beyond it, activations fall out of the cache and nothing is gained
+_PAIRED = 8  # sets of a batch from which on the unchanged model runs beside them
+_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of a block's write, in the trial
 _SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -39,7 +41,7 @@ def sweep(
     meter: Meter,
     intervention: Intervention,
     positions: Positions,
-    budget_mb: int = 512,
+    budget_mb: int = 0,
     share: bool = True,
 ) -> Swept:
     """Readings of one trace with each set of heads changed; equal to :func:`clifflab.sweep.plain.plain_sweep`.
@@ -52,7 +54,7 @@ def sweep(
         meter: What is read; a direction below all heads of a set has no reading of it (NaN).
         intervention: What is done to the heads.
         positions: At the closing tokens, or at all tokens.
-        budget_mb: Memory for the activations of one batch.
+        budget_mb: Memory for the activations of one batch; 0 is an eighth of a GPU, or 512.
         share: Whether changes at closing tokens may run those alone; whole sequences otherwise.
 
     Raises:
@@ -66,21 +68,23 @@ def sweep(
     lowest = [min((layer for layer, _ in members), default=0) for members in sets]
     order = sorted(range(len(sets)), key=lambda s: lowest[s])
     changed = np.full((len(sets), meter.width), np.nan, dtype=np.float64)
-    clean = np.full(meter.width, np.nan, dtype=np.float64)
     with clean_pass(loaded, heads, trace, trace.closing_start if shared else 0) as base:
+        clean = base.readings(meter)
         where_C = torch.ones(base.tokens, dtype=torch.bool)
         if positions == "closing" and not shared:
             where_C[: trace.closing_start] = False
         size = _rows(loaded, heads, base, len(trace.ids), budget_mb)
 
         def run(part: Sequence[int]) -> list[None]:
-            got = _batch(base, heads, [sets[s] for s in part], [lowest[s] for s in part], meter, intervention, where_C)
-            # Effects are differences within one batch, so that rounding which depends on its shape cancels.
-            base_row = _whole(clean, got[0])
-            changed[list(part)] = got[1:] - got[:1] + base_row
+            mine = [lowest[s] for s in part]
+            got = _batch(base, heads, [sets[s] for s in part], mine, meter, intervention, where_C, len(part) >= _PAIRED)
+            # Effects are differences within one batch, so that rounding which depends on its shape cancels. A direction
+            # below all heads of the batch was not read: it is as it was.
+            reference = np.where(np.isnan(got[0]), clean, got[0])
+            changed[list(part)] = np.where(np.isnan(got[1:]), np.nan, got[1:] - reference + clean)
             return []
 
-        for begin in range(0, max(len(order), 1), size):
+        for begin in range(0, len(order), size):
             split_on_oom(run, order[begin : begin + size])
     return Swept(clean, changed)
 
@@ -107,14 +111,19 @@ def _try_sharing(loaded: LoadedModel, heads: HeadMap) -> bool:
             if any(layer.attention not in base.prefix.layers for layer in heads.layers):
                 return False
             states = base.entering[0].expand(2, -1, -1)
-            for layer in range(len(loaded.blocks) - 1):
-                states = base.block(layer, states)
-                own = base.entering[layer + 1]
-                scale = float(own.abs().max())
-                tolerance = 1e-4 if own.dtype == torch.float32 else 5e-2
-                if not bool(((states - own).abs().max() <= tolerance * scale).item()):
+            for layer in range(len(loaded.blocks)):
+                entered, states = states, base.block(layer, states)
+                own, before = base.after(layer), base.entering[layer]
+                # Token by token, on the scale of what the block writes: the stream itself may have huge entries.
+                write = (own - before).float().norm(dim=-1)
+                error = ((states - entered) - (own - before)).float().norm(dim=-1)
+                eps = torch.finfo(own.dtype).eps
+                limit = _LIMITS.get(own.dtype, 1e-3) * write + 4 * eps * own.float().norm(dim=-1)
+                if not bool((error <= limit).all()):
                     return False
-    except (UnsupportedAttentionError, KeyError):
+    except torch.OutOfMemoryError:
+        raise
+    except (UnsupportedAttentionError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
         return False
     return True
 
@@ -127,22 +136,30 @@ def _batch(
     meter: Meter,
     intervention: Intervention,
     where_C: torch.Tensor,
+    paired: bool,
 ) -> np.ndarray:
-    """Readings of the unchanged model and of each set, ``[1 + S, M]``; sets ascend by their lowest layer."""
-    loaded = base.loaded
-    masks = chosen_masks(heads, [[], *sets])
+    """Readings of the unchanged model and of each set, ``[1 + S, M]``; sets ascend by their lowest layer.
+
+    Without ``paired`` the unchanged model is not run beside them, and its row is NaN.
+    """
+    loaded, extra = base.loaded, int(paired)
+    masks = chosen_masks(heads, [*([[]] * extra), *sets])
     from_end_1C = torch.arange(base.tokens - 1, -1, -1)[None]
     everywhere = bool(where_C.all())
-    into_RM = torch.full((1 + len(sets), meter.width), torch.nan, dtype=torch.float64)
-    first, last = (lowest[0] if lowest else 0), len(loaded.blocks) - 1
-    states_RCD, joined = base.entering[first], 0
+    into_RM = torch.full((extra + len(sets), meter.width), torch.nan, dtype=torch.float64)
+    last = len(loaded.blocks) - 1
+    join_at = [0] * len(sets) if base.carries else list(lowest)
+    first = min(join_at)
+    states_RCD, joined = base.entering[first][:extra], 0
     for layer in range(first, last + 1):
-        joining = sum(1 for at in lowest[joined:] if at == layer)
+        joining = sum(1 for at in join_at[joined:] if at == layer)
         if joining:
-            # A new row is the unchanged model up to here.
-            states_RCD = torch.cat([states_RCD, states_RCD[:1].expand(joining, -1, -1)])
+            # A new row is the unchanged model up to here: as it is in this batch, where it runs beside.
+            unchanged = states_RCD[:1] if paired else base.entering[layer].to(states_RCD.device)
+            states_RCD = torch.cat([states_RCD, unchanged.expand(joining, -1, -1)])
             joined += joining
-        mask_RH = masks[layer][: 1 + joined] if layer in masks else None
+        rows = extra + joined
+        mask_RH = masks[layer][:rows] if layer in masks else None
 
         def change(z_RCI: torch.Tensor, layer: int = layer, mask_RH: torch.Tensor | None = mask_RH) -> torch.Tensor:
             assert mask_RH is not None
@@ -155,10 +172,16 @@ def _batch(
         if not fired:
             raise InterventionError(f"the hook on the heads of layer {layer} never fired: nothing was changed there")
         if layer == last or layer in meter.layers:
-            meter.read(layer, layer == last, states_RCD[:, -1], into_RM[: 1 + joined])
-    if not torch.isfinite(into_RM[:, -1]).all():
-        raise not_finite(loaded, "refusal log-odds after a change of heads")
-    return into_RM.numpy()
+            read_RM = torch.full((rows, meter.width), torch.nan, dtype=torch.float64)
+            meter.read(layer, layer == last, states_RCD[:, -1], read_RM)
+            mine = [k for k, at in enumerate(meter.layers) if at == layer] + [meter.width - 1] * (layer == last)
+            if not torch.isfinite(read_RM[:, mine]).all():
+                raise not_finite(loaded, "readings after a change of heads")
+            into_RM[:rows, mine] = read_RM[:, mine]
+    below = torch.tensor([[at < low for at in meter.layers] + [False] for low in lowest], dtype=torch.bool)
+    into_RM[extra:][below] = torch.nan  # a direction below all heads of a set
+    got = into_RM.numpy()
+    return got if paired else np.concatenate([np.full((1, meter.width), np.nan), got])
 
 
 def _rows(loaded: LoadedModel, heads: HeadMap, base: CleanPass, total: int, budget_mb: int) -> int:
@@ -166,15 +189,15 @@ def _rows(loaded: LoadedModel, heads: HeadMap, base: CleanPass, total: int, budg
     config = loaded.model.config.get_text_config()
     inner = int(getattr(config, "intermediate_size", None) or 4 * loaded.d_model)
     widest = max(layer.heads * layer.size for layer in heads.layers)
-    per_token = (3 * inner + 4 * widest + 6 * loaded.d_model) * base.entering[0].element_size()
-    per_row = base.tokens * per_token + 8 * max(layer.heads for layer in heads.layers) * base.tokens * total
+    dtype = base.entering[0].element_size()
+    per_row = base.tokens * (3 * inner + 4 * widest + 6 * loaded.d_model) * dtype
+    if base.prefix is not None:  # scores and their softmax; whole sequences run in fused attention
+        per_row += 16 * max(layer.heads for layer in heads.layers) * base.tokens * total
+    device = base.entering[0].device
+    if not budget_mb:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 4 << 30
+        budget_mb = memory >> 23  # an eighth of the device
     rows = max(1, (budget_mb << 20) // per_row - 1)
-    if base.entering[0].device.type == "cpu":
+    if device.type == "cpu":
         rows = min(rows, max(1, _CPU_TOKENS // base.tokens))
     return int(rows)
-
-
-def _whole(clean: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """The unchanged model's readings: each as first read, kept over batches."""
-    clean[:] = np.where(np.isnan(clean), got, clean)
-    return clean

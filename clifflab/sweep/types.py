@@ -31,6 +31,10 @@ class SweepTrace:
     ids: tuple[int, ...]
     closing_start: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.closing_start < len(self.ids):
+            raise TraceError("closing_missing", "the trace has no closing tokens to change a head at")
+
     @classmethod
     def of(cls, ids: Sequence[int], spans: Spans) -> SweepTrace:
         """From a whole trace.
@@ -58,6 +62,11 @@ class Meter:
     weights: torch.Tensor
     biases: torch.Tensor
     lens: Lens
+
+    def __post_init__(self) -> None:
+        if not len(self.layers) == len(self.weights) == len(self.biases):
+            sizes = f"{len(self.layers)}, {len(self.weights)} and {len(self.biases)}"
+            raise ValueError(f"layers, weights and biases must be as many, not {sizes}")
 
     @property
     def width(self) -> int:
