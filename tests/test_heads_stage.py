@@ -277,6 +277,6 @@ def test_too_few_complied(out: Path, found: dict[str, Any]) -> None:
         path.write_bytes(whole)
     assert chosen.attacked == "harmful"
     for half in ("ranking", "reporting"):
-        assert len(chosen.rows["attacked", half]) == 6
+        assert len(chosen.rows["attacked", half]) == 6, "as many as asked for"
         complied = sum(changed[index] == "complied" for index in chosen.rows["attacked", half])
         assert 0 < complied == chosen.complied[half] < 6

@@ -54,7 +54,7 @@ class HeadEstimatesStep(Step):
         assert unit.model is not None
         tools, settings = sweep_tools(context, unit.model), context.study.heads
         if tools is None:
-            write_safetensors(context.part(unit), {"none": torch.zeros(1)}, {"reason": NO_LENS})
+            write_safetensors(context.part(unit), {"none": torch.zeros(1)}, _meta({"reason": NO_LENS}))
             return {"rows": 0}
         loaded, heads, meter, change = tools.loaded, tools.heads, tools.meter, tools.intervention
         rows: dict[str, list[Any]] = {"clean": [], "direct": [], **{f"attribution.{p}": [] for p in settings.positions}}
@@ -71,30 +71,35 @@ class HeadEstimatesStep(Step):
                 estimates = attribution(loaded, heads, trace, meter, change, positions)
                 rows[f"attribution.{positions}"].append(estimates)
         tensors = {name: torch.from_numpy(np.stack(values).astype(np.float32)) for name, values in rows.items()}
-        counts = json.dumps([layer.heads for layer in heads.layers])
-        write_safetensors(context.part(unit), tensors, {"reason": "", "heads": counts, "no_direct": no_direct})
+        about = {"reason": "", "heads": [layer.heads for layer in heads.layers], "no_direct": no_direct}
+        write_safetensors(context.part(unit), tensors, _meta(about))
         return {"rows": len(traces), "tokens": sum(len(trace.ids) for trace in traces)}
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Join the shards."""
         assert model is not None
-        meta = {"reason": chosen_traces(context, model).reason, "heads": "[]", "no_direct": ""}
+        about: dict[str, Any] = {"reason": chosen_traces(context, model).reason, "heads": [], "no_direct": ""}
         parts = []
         for unit in self.plan(context, model):
             with safe_open(context.part(unit), framework="np") as file:
-                meta |= file.metadata()
+                about |= json.loads(file.metadata()["about"])
                 parts.append((unit, {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
         tensors: dict[str, torch.Tensor] = {"none": torch.zeros(1)}
-        if not meta["reason"]:
+        if not about["reason"]:
             names = ("clean", "direct", *(f"attribution.{p}" for p in context.study.heads.positions))
             for (role, half), arrays in joined(parts, names).items():
                 tensors |= {f"{role}.{half}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
-        write_safetensors(self.outputs(context.layout, model)[0], tensors, meta)
-        return {"traces": sum(len(t) for name, t in tensors.items() if name.endswith(".clean")), **_said(meta)}
+        write_safetensors(self.outputs(context.layout, model)[0], tensors, _meta(about))
+        return {"traces": sum(len(t) for name, t in tensors.items() if name.endswith(".clean")), **_said(about)}
 
 
-def _said(meta: dict[str, str]) -> dict[str, str]:
-    return {"reason": meta["reason"]} if meta["reason"] else {}
+def _meta(about: dict[str, Any]) -> dict[str, str]:
+    """Metadata of a file: a single entry, since safetensors writes several in any order."""
+    return {"about": json.dumps(about)}
+
+
+def _said(about: dict[str, Any]) -> dict[str, str]:
+    return {"reason": about["reason"]} if about["reason"] else {}
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,8 @@ def kept_estimates(context: Context, model: str) -> Estimates:
 
     def read() -> Estimates:
         with safe_open(path, framework="np") as file:
-            meta = file.metadata()
+            about = json.loads(file.metadata()["about"])
             arrays = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}  # noqa: SIM118
-        return Estimates(meta["reason"], json.loads(meta["heads"]), meta["no_direct"], arrays)
+        return Estimates(about["reason"], about["heads"], about["no_direct"], arrays)
 
     return context.once(f"estimates:{model}", [path], read)

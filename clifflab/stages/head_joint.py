@@ -122,19 +122,19 @@ def _pair(found: Joint, positions: str, pair: Heads) -> dict[str, Any]:
     alone = [Paired.of(single, found.clusters["attacked", REPORTING]) for single in singles]
     beyond = Paired.of(values - sum(singles), found.clusters["attacked", REPORTING])
     counts = found.counts(both.mean[LOG_ODDS], both.p[LOG_ODDS])
-    excess = beyond.figure(LOG_ODDS)
+    # The heads stand in for each other: what they have together beyond the sum of both counts by itself.
+    redundant = counts and found.counts(beyond.mean[LOG_ODDS], beyond.p[LOG_ODDS])
     return {
         "heads": [name(head) for head in pair],
         "ranking": found.paired("attacked", RANKING, positions, pair).figure(LOG_ODDS),
         "log_odds": both.figure(LOG_ODDS),
         "share_of_gap": found.share(both.mean[LOG_ODDS]),
         "alone": [single.figure(LOG_ODDS) for single in alone],
-        "beyond_sum": excess,
+        "beyond_sum": beyond.figure(LOG_ODDS),
         "counts": counts,
-        # The heads stand in for each other: together they count, and for more than the sum of both.
-        "redundant": bool(counts and excess["low"] is not None and excess["low"] > 0),
+        "redundant": redundant,
         # A sweep of single heads misses both.
-        "hidden": counts and not any(found.counts(s.mean[LOG_ODDS], s.p[LOG_ODDS]) for s in alone),
+        "hidden": redundant and not any(found.counts(s.mean[LOG_ODDS], s.p[LOG_ODDS]) for s in alone),
     }
 
 

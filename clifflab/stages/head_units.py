@@ -115,7 +115,7 @@ def _choose(context: Context, model: str) -> Chosen:
     for half in HALVES:
         wanted = matching(half, "harmful", any_of if settings.attacked else ("complied",), settings.attacked)
         rows["attacked", half] = spread(wanted, settings.traces)
-        if not settings.attacked and len(rows["attacked", half]) < _ENOUGH:
+        if not settings.attacked and len(rows["attacked", half]) < min(_ENOUGH, settings.traces):
             attacked = "harmful"
     if attacked == "harmful":
         for half in HALVES:
