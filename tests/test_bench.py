@@ -55,7 +55,7 @@ def test_half_precision_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None
         return Swept(found.clean, np.broadcast_to(found.clean, found.changed.shape))
 
     monkeypatch.setattr("clifflab.bench.sweep.sweep", nothing)
-    with pytest.raises(UnequalResultsError, match="no number where plain has one|differs from plain"):
+    with pytest.raises(UnequalResultsError, match=r"no number where plain has one|differs from plain"):
         bench_sweep(settings, lambda line: None)
 
 

@@ -177,9 +177,7 @@ def _compare(
         else:
             whole = [attribution(loaded, heads, trace, meter, removal, "closing", share=False) for trace in traces]
             pairs = list(zip(got, whole, strict=True))
-        own, reference = (
-            np.concatenate([np.atleast_1d(side).ravel() for side in sides]) for sides in zip(*pairs, strict=True)
-        )
+        own, reference = (np.concatenate([np.ravel(pair[side]) for pair in pairs]) for side in (0, 1))
         if not (np.isnan(own) == np.isnan(reference)).all():
             raise UnequalResultsError(f"bench sweep: {name} has no number where plain has one, or the reverse")
         found[name] = float(np.nanmax(np.abs(own - reference)))
