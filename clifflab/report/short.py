@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from clifflab.report.heads_short import heads_sentences
 from clifflab.report.numbers import interval
 from clifflab.report.sections import UNCHECKED
 
 _ALWAYS = (
-    "cause: a probe reads what the model's states say about refusing; nothing here changes them to see what follows",
+    "other causes: where heads are removed, it is one by one and in the sets that are listed; MLPs never are",
     "harm: complied means that the judge saw no refusal, not that the answer would help anyone do harm",
 )
 
 
-def finding(name: str, summary: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
+def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction: float = 0.03) -> dict[str, str]:
     """What was found on one model: a verdict of a few words, and the sentences behind it.
 
     Args:
         name: The model's name.
         summary: Its part of ``metrics.json``.
         labels: Label of each set.
+        fraction: Share of heads that counts as the top.
     """
     excess = summary["excess_cliff"]["all"]
     if not summary["probe"]["trained"]:
@@ -32,7 +34,8 @@ def finding(name: str, summary: dict[str, Any], labels: dict[str, str]) -> dict[
         }
     if excess["mean"] is None:
         verdict = f"Not defined here: {excess.get('reason', 'too few traces')}."
-        return {"name": name, "verdict": verdict, "text": _largest(summary, labels)}
+        text = f"{_largest(summary, labels)} {heads_sentences(summary, fraction)}"
+        return {"name": name, "verdict": verdict, "text": text}
     sides = f"{excess['n_complied']:,} traces against {excess['n_refused']:,}"
     text = (
         f"Harmful requests that it complied with lost {interval(excess)} more refusal score at the end of the thinking "
@@ -40,7 +43,7 @@ def finding(name: str, summary: dict[str, Any], labels: dict[str, str]) -> dict[
         f"{excess['matched']:.0%} of the former found others of their thinking length). "
         f"{_verdict(excess)[1]} {_largest(summary, labels)} {_harm_or_refusal(summary)} With a probe "
         f"trained at the final position only, as in the paper, the same difference reads "
-        f"{interval(summary['excess_cliff']['final'])}."
+        f"{interval(summary['excess_cliff']['final'])}. {heads_sentences(summary, fraction)}"
     )
     return {"name": name, "verdict": _verdict(excess)[0], "text": text}
 
