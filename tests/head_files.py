@@ -120,9 +120,50 @@ def heads_about(rows: list[dict[str, Any]], layers: int, heads: int, **changes: 
     }
 
 
-def write_heads(folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+def sets_about(strong: Sequence[Head], effect: float | None = 3.0) -> dict[str, Any]:
+    """``head_sets.json``: doses, pairs and a greedy path."""
+    names = [f"{layer}.{head}" for layer, head in strong]
+    doses = []
+    for kind in ("suppression", "promoting"):
+        for fraction in (0.01, 0.03, 0.1):
+            figures: dict[str, Any] = {"share_of_gap": None if effect is None else effect / 8}
+            figures |= {name: entry(effect) for name in ("log_odds", "logit", "ranking", "benign")}
+            if kind == "suppression":
+                ends = {"low": -0.1, "high": 0.1, "min": -0.2, "max": 0.2}
+                figures["random"] = {"mean": None if effect is None else 0.0, **ends, "n": 20}
+                figures["above_random"] = 1.0
+            dose = {"kind": kind, "fraction": fraction, "count": len(names), "heads": names, "random_smaller": False}
+            doses.append({**dose, "effects": {"closing": figures, "all": figures}})
+    pair = {
+        "heads": names[:2],
+        **{name: entry(effect) for name in ("ranking", "log_odds", "beyond_sum")},
+        "share_of_gap": 0.4,
+        "alone": [entry(effect), entry(effect)],
+        "counts": True,
+        "redundant": True,
+        "hidden": True,
+    }
+    steps = [
+        {"added": n, "heads": names[: i + 1], "ranking": entry(effect), "log_odds": entry(effect), "share_of_gap": None}
+        for i, n in enumerate(names)
+    ]
+    pairs = {"tested": 28, "top": [pair] if len(names) > 1 else []}
+    return {
+        "reason": "",
+        "candidates": names,
+        "doses": doses,
+        "pairs": {"closing": pairs, "all": pairs},
+        "greedy": {"positions": "closing", "steps": steps},
+    }
+
+
+def write_heads(
+    folder: Path, rows: list[dict[str, Any]], about: dict[str, Any], sets: dict[str, Any] | None = None
+) -> None:
     """The files of the search, in a model's folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if sets:
+        write_json(folder / "head_sets.json", sets)
     write_parquet(folder / "heads.parquet", pa.Table.from_pylist(rows, schema=tables.HEADS))
     write_json(folder / "heads.json", about)
 

@@ -48,7 +48,7 @@ def _doses(found: HeadsFound, doses: Sequence[Mapping[str, Any]]) -> list[Block]
         "The line of the suppression heads should leave the grey band, which is what random heads of the same layers "
         "do; where it reaches the dashed line, removal wins back all that the attack takes."
     )
-    titles = ["removed, where", "heads", "log-odds [95%]", "share of the gap", "random heads: mean [95% of draws]"]
+    titles = ["removed", "at", "heads", "log-odds [95%]", "share of the gap", "random heads: mean [95% of draws]"]
     titles += ["least to most", "draws below", "on benign prompts [95%]", "which heads"]
     caption = (
         "The first heads of the ranking removed together; attacked traces of the reporting half, thinking and closing "
@@ -64,7 +64,8 @@ def _dose_row(dose: Mapping[str, Any], positions: str) -> list[Any]:
     band = effect.get("random") or {"mean": None}
     drawn = band["mean"] is not None
     return [
-        f"{100 * dose['fraction']:g}% {_KINDS.get(dose['kind'], dose['kind'])}, {PANEL.get(positions, positions)}",
+        f"{100 * dose['fraction']:g}% {_KINDS.get(dose['kind'], dose['kind'])}",
+        PANEL.get(positions, positions),
         dose["count"],
         effect["log_odds"],
         share_text(effect["share_of_gap"]),
@@ -84,7 +85,8 @@ def _pairs(sets: Mapping[str, Any]) -> list[Block]:
             said = [word for word in ("redundant", "hidden") if pair[word]]
             rows.append(
                 [
-                    f"{' and '.join(pair['heads'])}, {PANEL.get(positions, positions)}",
+                    " and ".join(pair["heads"]),
+                    PANEL.get(positions, positions),
                     pair["log_odds"],
                     share_text(pair["share_of_gap"]),
                     *pair["alone"],
@@ -101,7 +103,7 @@ def _pairs(sets: Mapping[str, Any]) -> list[Block]:
         "would, without correction for their number. Redundant: and does more than the sum of both, so that one stands "
         "in for the other. Hidden: and neither counts alone, so that a sweep of single heads misses both."
     )
-    titles = ["pair, where", "together [95%]", "share of the gap", "first alone [95%]", "second alone [95%]"]
+    titles = ["pair", "at", "together [95%]", "share of the gap", "first alone [95%]", "second alone [95%]"]
     return [Table(caption, [*titles, "beyond the sum [95%]", "verdict"], rows)]
 
 
