@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from clifflab.artifacts import write_json
 from clifflab.config import ModelSpec, Study
@@ -42,12 +43,21 @@ def planted_results(root: Path, path: str = "organism:planted") -> ModelResults:
     return results_in(root, path)
 
 
-def drawn(section: Section | None) -> tuple[str, blocks.Packed]:
-    """A section as the page shows it."""
+def shown(section: Section | None) -> str:
+    """A section as the page shows it, without its figures: writing their files takes seconds."""
     assert section is not None
-    packed = blocks.pack([section], "f", "m0")
+    packed = blocks.pack([section], "f", "m0", figures=False)
+    json.dumps(packed.sections, allow_nan=False)
     source = '{% import "blocks.html.j2" as b with context %}{% for x in section.blocks %}{{ b.block(x) }}{% endfor %}'
-    return page.environment().from_string(source).render(section=packed.sections[0], levels=2), packed
+    return page.environment().from_string(source).render(section=packed.sections[0], levels=2)
+
+
+def panels(section: Section | None) -> dict[str, Figure]:
+    """All panels of a section by drawing and name."""
+    assert section is not None
+    drawings = [block for block in section.blocks if isinstance(block, Drawing)]
+    assert all(drawing.see for drawing in drawings)
+    return {f"{drawing.name}: {name}": figure for drawing in drawings for name, figure in drawing.panels.items()}
 
 
 def tables(section: Section | None) -> list[Table]:
@@ -57,7 +67,7 @@ def tables(section: Section | None) -> list[Table]:
 
 def test_which_heads_and_which_are_planted(tmp_path: Path) -> None:
     section = heads_section(planted_results(tmp_path))
-    text, packed = drawn(section)
+    text = shown(section)
     ranked = tables(section)[0]
     planted = ranked.head.index("planted")
     assert [row[0] for row in ranked.rows[:2]] == ["4.2", "6.2"]
@@ -66,12 +76,11 @@ def test_which_heads_and_which_are_planted(tmp_path: Path) -> None:
     assert cell(ranked.rows[0][2]) == "4.00 [3.80, 4.20]"
     assert "at the closing tokens 2 of 64 heads pass: 4.2, 6.2" in text.lower()
     assert "Green frame: a planted head" in text
-    names = {Path(entry["pdf"]).stem for entry in packed.index}
-    assert {"heads-closing_tokens", "heads-all_tokens", "joint-closing_tokens", "ranks-direct__closing_tokens"} <= names
-    assert {"heads-methods-direct__final_position", "heads-methods-probe_logit__all_tokens"} <= names
-    assert len(packed.index) == 2 + 2 + 5 + 3
+    names = panels(section)
+    assert {"heads: closing tokens", "heads: all tokens", "joint: closing tokens"} <= names.keys()
+    assert {"ranks: direct, closing tokens", "heads-methods: direct, final position"} <= names.keys()
+    assert len(names) == 2 + 2 + 5 + 3
     assert "redundant, hidden" in text
-    assert all(entry["see"] for entry in packed.index)
 
 
 def test_a_planted_head_far_down_is_in_the_table(tmp_path: Path) -> None:
@@ -93,7 +102,7 @@ def test_without_a_ground_truth_nothing_is_called_planted(tmp_path: Path, conten
     if content is not None:
         (checkpoint / "ground_truth.json").write_text(content)
     section = heads_section(planted_results(tmp_path, str(checkpoint)))
-    text, _ = drawn(section)
+    text = shown(section)
     assert ("planted" in tables(section)[0].head) == (content == '{"planted_heads": []}')
     assert "Green frame" not in text
     truth = ground_truth(ModelSpec(name="m", path=str(checkpoint)))
@@ -123,7 +132,8 @@ def test_token_texts_are_text(tmp_path: Path) -> None:
     write_heads(tmp_path / "m", rows, about)
     write_json(tmp_path / "m" / "ablation.json", ablation_about({HOSTILE: "harmful", "$x_{": "benign"}))
     results = results_in(tmp_path)
-    text = drawn(heads_section(results))[0] + drawn(ablation_section(results))[0]
+    text = shown(heads_section(results)) + shown(ablation_section(results))
+    text += export.svg(next(iter(panels(ablation_section(results)).values())), "x", HOSTILE)
     assert "&lt;script&gt;" in text
     tags = {tag for tag, _ in Elements(text).found}
     assert not tags & {"script", "img"}
@@ -137,9 +147,13 @@ def test_any_size(tmp_path: Path, layers: int, heads: int) -> None:
     strong = [(0, 0)] if layers == 1 else [(3, 60), (63, 63)]
     rows = head_rows(layers, heads, strong, probe_layer=0)
     write_heads(tmp_path / "m", rows, heads_about(rows, layers, heads), sets_about(strong))
-    _, packed = drawn(heads_section(results_in(tmp_path)))
-    assert max(map(len, packed.files.values())) < 1_000_000
-    assert sum(len(panel) for b in packed.sections[0]["blocks"] for panel in b.get("panels", [])) < 4_000_000
+    section = heads_section(results_in(tmp_path))
+    assert len(shown(section)) < 60_000
+    figures_of = panels(section)
+    for name in ("heads: closing tokens", "ranks: first order, closing tokens"):
+        if name in figures_of:
+            assert len(export.svg(figures_of[name], "x")) < 400_000
+    assert ("ranks: first order, closing tokens" in figures_of) == (layers * heads > 1)
 
 
 def test_nothing_but_nulls(tmp_path: Path) -> None:
@@ -154,13 +168,12 @@ def test_nothing_but_nulls(tmp_path: Path) -> None:
     write_heads(tmp_path / "m", rows, about, sets_about([(0, 0)], effect=None))
     write_json(tmp_path / "m" / "ablation.json", ablation_about(SETS, asr=None))
     results = results_in(tmp_path)
-    text, packed = drawn(heads_section(results))
+    text = shown(heads_section(results))
     assert "none can pass: no plain refused trace" in text
-    assert packed.index == [], "nothing to draw"
-    drawn(ablation_section(results))
+    assert panels(heads_section(results)) == {}, "nothing to draw"
+    assert "Attack success" in shown(ablation_section(results))
     summary = {"heads": about, "ablation": results.ablation.about if results.ablation else None}
     assert heads_short.heads_sentences(summary).endswith("(no plain refused trace).")
-    json.dumps(packed.sections, allow_nan=False)
 
 
 def test_a_reason_takes_the_place_of_the_sections(tmp_path: Path) -> None:
@@ -182,7 +195,6 @@ def test_a_reason_takes_the_place_of_the_sections(tmp_path: Path) -> None:
 
 def test_attack_success_never_stands_alone(tmp_path: Path) -> None:
     section = ablation_section(planted_results(tmp_path))
-    text, packed = drawn(section)
     attack = [table for table in tables(section) if table.caption.startswith("Attack success")]
     assert len(attack) == 2
     for table, thinking in zip(attack, ("thinking anew", "thinking as it was"), strict=True):
@@ -197,16 +209,16 @@ def test_attack_success_never_stands_alone(tmp_path: Path) -> None:
         assert all(value is not None for value in top[:8])
         assert rows["wrapped_strong", "3% random"][at["random draws"]] == "0.80 to 1.00 (20)"
         assert ("benign", "nothing") not in rows
-    names = {Path(entry["pdf"]).stem for entry in packed.index}
-    assert "ablation-asr-wrapped_strong__regenerated" in names
-    assert "ablation-over-refusal-benign__fixed" in names
-    assert "64 of 64 answers are those of the study" in text
+    names = panels(section)
+    assert {"ablation-asr: wrapped_strong, regenerated", "ablation-over-refusal: benign, fixed"} <= names.keys()
+    assert "64 of 64 answers are those of the study" in shown(section)
 
 
 def test_a_study_without_harmful_prompts(tmp_path: Path) -> None:
     write_json(tmp_path / "m" / "ablation.json", ablation_about({"benign": "benign"}))
-    _, packed = drawn(ablation_section(results_in(tmp_path)))
-    assert {entry["title"].split(" against")[0] for entry in packed.index} == {"Over-refusal"}
+    section = ablation_section(results_in(tmp_path))
+    assert "Over-refusal" in shown(section)
+    assert all(name.startswith("ablation-over-refusal") for name in panels(section))
     assert heads_short.strongest(results_in(tmp_path).ablation) is None
 
 
@@ -245,10 +257,7 @@ def test_maps_are_white_at_zero_and_grey_where_nothing_is() -> None:
 
 
 def test_the_band_starts_at_the_unchanged_model(tmp_path: Path) -> None:
-    section = ablation_section(planted_results(tmp_path))
-    assert section is not None
-    drawing = next(block for block in section.blocks if isinstance(block, Drawing))
-    axes = drawing.panels["wrapped_strong, regenerated"].axes[0]
+    axes = panels(ablation_section(planted_results(tmp_path)))["ablation-asr: wrapped_strong, regenerated"].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0% (0)", "1% (1)", "3% (2)", "10% (7)"]
     mean = next(line for line in axes.lines if line.get_label() == "random heads: mean")
     assert [float(x) for x in np.asarray(mean.get_xdata())] == [0, 1, 2, 3]
