@@ -9,10 +9,10 @@ from clifflab.report.blocks import Block, Drawing, Note, Table
 from clifflab.report.figures import joint_curve
 from clifflab.report.head_results import HeadsFound, finite, parse_head
 from clifflab.report.head_words import AT, PANEL, named, share_text
-from clifflab.report.numbers import interval, number
+from clifflab.report.numbers import interval
 
 _PAIRS = 5  # pairs of the table, for each place
-_KINDS = {"suppression": "suppression", "promoting": "refusal-promoting"}
+_KINDS = {"suppression": "suppression", "promoting": "promoting"}
 
 
 def joint_blocks(found: HeadsFound) -> list[Block]:
@@ -49,10 +49,11 @@ def _doses(found: HeadsFound, doses: Sequence[Mapping[str, Any]]) -> list[Block]
         "do; where it reaches the dashed line, removal wins back all that the attack takes."
     )
     titles = ["removed", "at", "heads", "log-odds [95%]", "share of the gap", "random heads: mean [95% of draws]"]
-    titles += ["least to most", "draws below", "on benign prompts [95%]", "which heads"]
+    titles += ["draws below", "on benign prompts [95%]", "which heads"]
     caption = (
         "The first heads of the ranking removed together; attacked traces of the reporting half, thinking and closing "
-        "tokens as they were. Random heads: as many of each layer, none of them chosen. The effect on benign answered "
+        "tokens as they were. Suppression heads are the first of the ranking, promoting heads the last. Random "
+        "heads: as many of each layer, none of them chosen. The effect on benign answered "
         "prompts is what the removal costs."
     )
     title = "The first heads removed together: change of the refusal log-odds"
@@ -70,7 +71,6 @@ def _dose_row(dose: Mapping[str, Any], positions: str) -> list[Any]:
         effect["log_odds"],
         share_text(effect["share_of_gap"]),
         interval(band) if drawn else None,
-        f"{number(band['min'])} to {number(band['max'])} ({band['n']})" if drawn else None,
         share_text(effect.get("above_random")),
         effect["benign"],
         named([parse_head(name) for name in dose["heads"]]),

@@ -82,6 +82,7 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
                 for name, model in results.models.items()
             ],
             unchecked=unchecked(keys),
+            keys=keys,
             overall=[section for section in overall.sections if section["anchor"] not in _BEHIND],
             behind=[section for section in overall.sections if section["anchor"] in _BEHIND],
             models=[{"name": name, "sections": model["sections"]} for name, model in results.models.items()],
