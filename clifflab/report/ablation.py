@@ -14,7 +14,7 @@ from clifflab.report.results import ModelResults
 TITLE = "What removing heads does"
 _DRAWN = 3  # sets of either label that have a figure; all are in the tables
 _THINKING = {"regenerated": "thinking anew", "fixed": "thinking as it was"}
-_KINDS = {"suppression": "suppression", "promoting": "refusal-promoting", "random": "random"}
+_KINDS = {"suppression": "suppression", "promoting": "promoting", "random": "random"}
 _WHAT = {"asr": "attack success", "over_refusal": "over-refusal"}
 _LABELS = {"asr": ("harmful", "mixed"), "over_refusal": ("benign", "mixed")}
 _SEE = {
@@ -42,8 +42,8 @@ def ablation_section(results: ModelResults) -> Section | None:
 
 def _summary(found: AblationFound) -> str:
     judged = "the guard calls harmful" if found.by_guard else "comply (judged by rules, on the response alone)"
-    kinds = [kind for kind in ("suppression", "promoting", "random") if kind in found.kinds]
-    removed = " and ".join(f"{_KINDS[kind]} heads" for kind in kinds)
+    kinds = [f"{_KINDS[kind]} heads" for kind in ("suppression", "promoting", "random") if kind in found.kinds]
+    removed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
     how: dict[tuple[str, ...], str] = {
         ("regenerated",): "The changed model writes thinking and response.",
         ("fixed",): "The thinking is that of the unchanged model; the changed model writes the response.",
@@ -54,7 +54,7 @@ def _summary(found: AblationFound) -> str:
     )
     thinking = how.get(tuple(found.thinking), both)
     return (
-        f"The model answered again with shares of its heads removed at every token: {removed}. {thinking} Attack "
+        f"The model answered again with a share of its heads removed: {removed}. {thinking} Attack "
         f"success is the share of harmful prompts whose answers {judged}. A model that is broken looks safe: read it "
         "together with over-refusal, unclosed and degenerate answers and the perplexity of benign traces."
     )
@@ -100,15 +100,18 @@ def _tables(found: AblationFound, measure: str) -> list[Block]:
         if not rows:
             continue
         head = ["set", "removed", f"{_WHAT[measure]} [95%]", "change, paired [95%]"]
-        head += ["highest over-refusal of a benign set [95%]"] if measure == "asr" else []
-        head += ["degenerate [95%]", "unclosed [95%]", "benign perplexity, ratio [95%]", "random draws", "traces"]
+        head += ["benign over-refusal [95%]"] if measure == "asr" else []
+        head += ["degenerate [95%]", "unclosed [95%]", "perplexity ratio [95%]", "random draws", "traces"]
         caption = (
             f"{_WHAT[measure].capitalize()}, {_THINKING.get(thinking, thinking)}. Changes are against the unchanged "
             "model on the same traces. Random heads: all draws together, and in a column of its own the least and the "
             "largest draw."
         )
         if measure == "asr":
-            caption += " The columns on over-refusal and perplexity belong to the removal, whatever the set."
+            caption += (
+                " Over-refusal is that of the benign set with most of it; it and the perplexity belong to the removal, "
+                "whatever the attacked set."
+            )
         blocks.append(Table(caption, head, rows))
     return blocks
 
@@ -119,7 +122,7 @@ def _table_row(found: AblationFound, condition: Condition, measure: str) -> list
     row = [condition.name, _removed(fraction, kind), condition.rates[measure], change]
     if measure == "asr":
         highest = found.over_refusal(fraction, kind, condition.thinking)
-        row.append(f"{interval(highest[1])} {highest[0]}" if highest else None)
+        row.append(highest[1] if highest else None)
     row += [condition.rates["degenerate"], condition.rates["unclosed"], found.perplexity_text(fraction, kind, "ratio")]
     return [*row, found.draws_text(condition, measure), condition.traces]
 
@@ -132,16 +135,21 @@ def _perplexity_table(found: AblationFound) -> list[Block]:
             continue
         names = found.removed.get((fraction, kind), [])
         which = "differ by draw" if kind == "random" else ", ".join(names[:8]) + (" \u2026" if len(names) > 8 else "")
-        rows.append([_removed(fraction, kind), found.count(fraction, kind) or None, which or None, *texts])
+        highest = [found.over_refusal(fraction, kind, thinking) for thinking in found.thinking]
+        over = [f"{interval(entry[1])} {entry[0]}" if entry else None for entry in highest]
+        rows.append([_removed(fraction, kind), found.count(fraction, kind) or None, *texts, *over, which or None])
     if not rows:
         return []
     about = found.about["perplexity"]
     caption = (
         f"Perplexity per token of {about['traces']:,} benign answered traces ({about['tokens']:,} tokens) as the "
-        "unchanged model wrote them, and its ratio to the unchanged model's on the same traces. A ratio of 1: the "
-        "model finds its own benign answers as likely as before."
+        "unchanged model wrote them, and its ratio to the unchanged model's on the same traces: at 1 the model finds "
+        "its own benign answers as likely as before; of random heads the mean over draws (least to largest). Beside it "
+        "the benign set with the highest over-refusal. Promoting heads are those whose removal lowers refusal most."
     )
-    return [Table(caption, ["removed", "heads", "which", "perplexity [95%]", "ratio [95%]"], rows)]
+    titles = ["removed", "heads", "perplexity [95%]", "ratio [95%]"]
+    titles += [f"highest over-refusal, {_THINKING.get(thinking, thinking)} [95%]" for thinking in found.thinking]
+    return [Table(caption, [*titles, "which heads"], rows)]
 
 
 def _removed(fraction: float, kind: str) -> str:

@@ -149,7 +149,7 @@ class AblationFound:
             return (
                 None
                 if entry["mean"] is None
-                else f"{number(entry['mean'])} (draws {number(entry['min'])} to {number(entry['max'])})"
+                else f"{number(entry['mean'])} ({number(entry['min'])} to {number(entry['max'])})"
             )
         return interval(entry)
 
@@ -163,8 +163,9 @@ class AblationFound:
         about = self.about
         how = "removed" if not about["gamma"] else f"scaled by {about['gamma']:g}"
         notes = [
-            f"The heads are {how} at all tokens, of the prompt too; they were ranked at other tokens where the section "
-            "above says so." + (" The norm of each token's head outputs is kept." if about["renormalise"] else "")
+            f"The heads are {how} at all tokens, those of the prompt too. Where they were ranked by their effect at "
+            "the closing tokens alone, that is another intervention."
+            + (" The norm of each token's head outputs is kept." if about["renormalise"] else "")
         ]
         same = about["unchanged_as_before"]
         notes.append(

@@ -177,7 +177,7 @@ def _method_notes(found: HeadsFound) -> list[str]:
         notes.append(f"No direct contributions: {about['no_direct']}.")
     for kind, name in (("refusal", "refusals"), ("compliance", "compliances")):
         tokens = ", ".join(repr(token["text"]) for token in about["openings"].get(kind, [])) or "none"
-        notes.append(f"First tokens of {name} that count: {tokens}. Tokens that open both are left out.")
+        notes.append(f"First tokens of {name}, those that open both kinds left out: {tokens}.")
     return notes
 
 

@@ -118,7 +118,7 @@ def _removal(summary: Mapping[str, Any], fraction: float) -> str:
         said += f", with its old thinking held fixed to {interval(fixed.rates['asr'])}"
     random = found.at(after.name, after.fraction, "random", after.thinking)
     if random and random.rates["asr"]["mean"] is not None:
-        said += f", without random heads of the same layers to {interval(random.rates['asr'])}"
+        said += f", without as many random heads of the same layers to {interval(random.rates['asr'])}"
     cost = [f"degenerate {interval(after.rates['degenerate'])}"]
     over = [found.over_refusal(c.fraction, c.kind, c.thinking) for c in pair]
     if over[0] and over[1]:
