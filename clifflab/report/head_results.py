@@ -18,6 +18,7 @@ import numpy as np
 
 from clifflab.artifacts import read_json, read_parquet
 from clifflab.config import ModelSpec
+from clifflab.config.heads import parse_head
 from clifflab.science.stats import Floats
 
 Head = tuple[int, int]
@@ -169,12 +170,6 @@ class HeadsFound:
                 method, reading = key.split("_", 1)
                 out.append({"method": method, "reading": reading, "positions": positions, **found})
         return out
-
-
-def parse_head(name: str) -> Head:
-    """The head of a name."""
-    layer, head = name.split(".")
-    return int(layer), int(head)
 
 
 def _place(row: Mapping[str, Any]) -> tuple[float, int, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clifflab.config.heads import parse_head
 from clifflab.report.blocks import Block, Drawing, Note, Table
 from clifflab.report.figures import joint_curve
-from clifflab.report.head_results import HeadsFound, finite, parse_head
+from clifflab.report.head_results import HeadsFound, finite
 from clifflab.report.head_words import AT, PANEL, named, share_text
 from clifflab.report.numbers import interval
 
