@@ -16,7 +16,7 @@ _ALWAYS = (
 
 
 def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction: float = 0.03) -> dict[str, str]:
-    """What was found on one model: a verdict of a few words, and the sentences behind it.
+    """What was found on one model: a verdict of a few words, the sentences behind it, and those on heads.
 
     Args:
         name: The model's name.
@@ -24,18 +24,18 @@ def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction
         labels: Label of each set.
         fraction: Share of heads that counts as the top.
     """
-    excess = summary["excess_cliff"]["all"]
+    excess, heads = summary["excess_cliff"]["all"], heads_sentences(summary, fraction)
     if not summary["probe"]["trained"]:
         verdict = f"No probe could be trained: {summary['probe']['reason']}."
         return {
             "name": name,
             "verdict": verdict,
             "text": "Outcomes are below; no score, plateau or cliff is reported, and none is guessed.",
+            "heads": heads,
         }
     if excess["mean"] is None:
         verdict = f"Not defined here: {excess.get('reason', 'too few traces')}."
-        text = f"{_largest(summary, labels)} {heads_sentences(summary, fraction)}"
-        return {"name": name, "verdict": verdict, "text": text}
+        return {"name": name, "verdict": verdict, "text": _largest(summary, labels), "heads": heads}
     sides = f"{excess['n_complied']:,} traces against {excess['n_refused']:,}"
     text = (
         f"Harmful requests that it complied with lost {interval(excess)} more refusal score at the end of the thinking "
@@ -43,9 +43,9 @@ def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction
         f"{excess['matched']:.0%} of the former found others of their thinking length). "
         f"{_verdict(excess)[1]} {_largest(summary, labels)} {_harm_or_refusal(summary)} With a probe "
         f"trained at the final position only, as in the paper, the same difference reads "
-        f"{interval(summary['excess_cliff']['final'])}. {heads_sentences(summary, fraction)}"
+        f"{interval(summary['excess_cliff']['final'])}."
     )
-    return {"name": name, "verdict": _verdict(excess)[0], "text": text}
+    return {"name": name, "verdict": _verdict(excess)[0], "text": text, "heads": heads}
 
 
 def _harm_or_refusal(summary: dict[str, Any]) -> str:
