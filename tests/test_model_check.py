@@ -46,7 +46,7 @@ def inside(*args: str) -> Any:
 
 def found(loaded: LoadedModel) -> dict[str, Finding]:
     findings = check_model(loaded)
-    assert len(findings) == 12, "every check ran"
+    assert len(findings) == 13, "every check ran"
     return {finding.name: finding for finding in findings}
 
 
@@ -63,6 +63,8 @@ def test_architectures_pass(checkpoints: dict[str, Path], architecture: str, dty
     head_dim = {"llama": 16, "qwen3": 16}.get(architecture, 8)
     assert rows["attention"].data == {"heads": 4, "kv_heads": 2, "head_dim": head_dim}
     assert rows["architecture"].data["layers"] == 3
+    assert rows["heads"].status == "ok"
+    assert (rows["heads"].data["heads"], rows["heads"].data["size"]) == (12, [head_dim])
     assert dtype in rows["size"].detail
     for name in ("hooks", "capture", "padding", "output head"):
         assert rows[name].status == "ok"
@@ -76,6 +78,7 @@ def test_the_shipped_model(cli: Cli) -> None:
     for words in (
         "LlamaForCausalLM (llama): 8 layers, width 128",
         "8 query heads, 8 key/value heads, head size 32",
+        "64: 8 layers of 8, each 32 wide where o_proj reads it",
         "1,903,744 parameters, float32",
         "r1: read off the chat template; the chat template opens '<think>'",
         "8 '</think>'  9 '\\n\\n'",
@@ -112,6 +115,15 @@ def test_a_model_without_thinking(tmp_path: Path) -> None:
     done = inside("model", "check", str(folder), "--format", "none")
     assert done.exit_code == 0, done.output
     assert "the final position is the prompt's last token" in done.stdout
+
+
+def test_heads_that_cannot_be_removed_are_a_warning(loaded: LoadedModel) -> None:
+    """All else of such a model can be measured."""
+    loaded.blocks[1].self_attn.second = nn.ModuleDict({"o_proj": nn.Linear(8, 8)})
+    row = found(loaded)["heads"]
+    assert row.status == "warning"
+    assert "block 1 has 2 attention output projections" in row.detail
+    assert "heads.traces" in row.remedy
 
 
 def test_a_failed_check_ends_with_2_after_the_others_ran(cli: Cli, tmp_path: Path) -> None:

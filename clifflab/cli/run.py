@@ -42,7 +42,7 @@ def command(
 
     result = run(loaded, out, runtime=runtime, reporter=Terminal())
     for name, model in result.metrics["models"].items():
-        print_model(name, model)
+        print_model(name, model, loaded.heads.fraction)
     click.echo(f"\nreport   {result.root / 'report.html'}\nmetrics  {result.root / 'metrics.json'}")
     for warning in result.warnings:
         click.echo(f"clifflab: {warning}", err=True)
@@ -60,11 +60,13 @@ def find_study(name: str) -> Path:
     return next((file for file in shipped if file.is_file()), path)
 
 
-def print_model(name: str, model: dict[str, Any]) -> None:
-    """The closing table."""
+def print_model(name: str, model: dict[str, Any], fraction: float = 0.03) -> None:
+    """The closing table, the excess cliff, and what removing heads does."""
     from rich.console import Console
     from rich.table import Table
 
+    from clifflab.findings import visible
+    from clifflab.report.heads_short import heads_line
     from clifflab.report.numbers import interval
 
     layer = model["probe"].get("all", {}).get("layer")
@@ -86,6 +88,8 @@ def print_model(name: str, model: dict[str, Any]) -> None:
     why = excess.get("reason", "") if model["probe"]["trained"] else "no probe could be trained"
     line = interval(excess) if excess["mean"] is not None else f"not defined: {why}"
     console.print(f"excess cliff (complied - refused, matched length): {line}", markup=False, soft_wrap=True)
+    if heads := heads_line(model, fraction):
+        console.print(visible(heads), markup=False, soft_wrap=True)
 
 
 def _dry_run(study: Any, out: str) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 
 from clifflab.config import TracesConfig
 from clifflab.engines import Request, TransformersEngine
-from clifflab.errors import ClifflabError
+from clifflab.errors import ClifflabError, InputError
 from clifflab.findings import Finding
 from clifflab.models.forward import Padding, not_finite, states_at
+from clifflab.models.heads import HeadLayer, find_heads
 from clifflab.models.hooks import capture
 from clifflab.models.loading import LoadedModel
 from clifflab.text.render import Messages
@@ -46,6 +47,7 @@ def check_model(loaded: LoadedModel, *, given: bool = False) -> list[Finding]:
     checks: dict[str, Callable[[LoadedModel], Finding]] = {
         "architecture": _architecture,
         "attention": _attention,
+        "heads": _heads,
         "size": _size,
         "thinking format": lambda model: _format(model, given),
         "closing tokens": _closing,
@@ -85,6 +87,29 @@ def _attention(loaded: LoadedModel) -> Finding:
     head_dim = getattr(config, "head_dim", None) or loaded.d_model // heads
     detail = f"{heads} query heads, {kv_heads} key/value heads, head size {head_dim} (from the config)"
     return Finding("attention", "info", detail, data={"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim})
+
+
+def _heads(loaded: LoadedModel) -> Finding:
+    """The heads as they are removed: found by structure and checked on forward passes."""
+    try:
+        heads = find_heads(loaded)
+    except InputError as error:
+        remedy = "set heads.traces to 0: all else can be measured"
+        return Finding("heads", "warning", f"cannot be removed one by one: {error.problem}", remedy)
+    counts, sizes, names = (
+        sorted({get(layer) for layer in heads.layers})
+        for get in (lambda layer: layer.heads, lambda layer: layer.size, _projection_name)
+    )
+    shape, size = (" or ".join(map(str, found)) for found in (counts, sizes))
+    where = f"each {size} wide where {' or '.join(names)} reads it"
+    detail = f"{len(heads):,}: {len(heads.layers)} layers of {shape}, {where}"
+    data = {"heads": len(heads), "layers": len(heads.layers), "per_layer": counts, "size": sizes, "projection": names}
+    return Finding("heads", "ok", f"{detail}; their writes add up to what the attention returns", data=data)
+
+
+def _projection_name(layer: HeadLayer) -> str:
+    """What the attention calls its output projection."""
+    return str(next(path for path, module in layer.attention.named_modules() if module is layer.projection))
 
 
 def _size(loaded: LoadedModel) -> Finding:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from clifflab.config import Study
 from clifflab.report.blocks import Packed, Section, Table, pack
 from clifflab.report.contamination import duplicates_section
+from clifflab.report.heads_short import comparison_row
 from clifflab.report.results import ModelResults
 from clifflab.report.sections import model_sections
 from clifflab.report.short import finding, unchecked
@@ -68,28 +69,41 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
         overall: From :func:`draw_study`.
         provenance: From :func:`~clifflab.report.provenance.provenance`.
     """
-    environment = jinja2.Environment(
+    study, summaries = results.study, results.metrics["models"]
+    keys = {key for model in results.models.values() for key in model["keys"]}
+    keys |= {section["anchor"].removeprefix("study-") for section in overall.sections}
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            study=study,
+            findings=[
+                finding(name, summaries[name], model["labels"], study.heads.fraction)
+                for name, model in results.models.items()
+            ],
+            unchecked=unchecked(keys),
+            keys=keys,
+            overall=[section for section in overall.sections if section["anchor"] not in _BEHIND],
+            behind=[section for section in overall.sections if section["anchor"] in _BEHIND],
+            models=[{"name": name, "sections": model["sections"]} for name, model in results.models.items()],
+            levels=LEVELS,
+            provenance=provenance,
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """The templates: everything that they are given is escaped, but for drawings."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("clifflab.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawn"] = Markup  # only for what clifflab.report.export drew, which escapes all text itself
-    environment.filters["breakable"] = _breakable
-    study, summaries = results.study, results.metrics["models"]
-    keys = {key for model in results.models.values() for key in model["keys"]}
-    keys |= {section["anchor"].removeprefix("study-") for section in overall.sections}
-    return environment.get_template("report.html.j2").render(
-        study=study,
-        findings=[finding(name, summaries[name], model["labels"]) for name, model in results.models.items()],
-        unchecked=unchecked(keys),
-        overall=[section for section in overall.sections if section["anchor"] not in _BEHIND],
-        behind=[section for section in overall.sections if section["anchor"] in _BEHIND],
-        models=[{"name": name, "sections": model["sections"]} for name, model in results.models.items()],
-        levels=LEVELS,
-        provenance=provenance,
-    )
+    made.filters["drawn"] = Markup  # only for what clifflab.report.export drew, which escapes all text itself
+    made.filters["breakable"] = _breakable
+    return made
 
 
 def comparison(results: StudyResults) -> Section | None:
@@ -116,9 +130,26 @@ def comparison(results: StudyResults) -> Section | None:
         [
             Table(caption, head, rows),
             Table("Share refused by set [95%], all traces.", ["set", *names], refused),
+            *_heads_table(results),
             Table("Mean cliff by set [95%], all-position probe, test groups.", ["set", *names], cliffs),
         ],
     )
+
+
+def _heads_table(results: StudyResults) -> list[Table]:
+    """What removing heads does to each model; nothing where the study leaves it out."""
+    summaries, fraction = results.metrics["models"], results.study.heads.fraction
+    rows = [[name, *comparison_row(summaries[name], fraction)] for name in results.models]
+    if not any(value is not None for row in rows for value in row[1:]):
+        return []
+    caption = (
+        f"Heads that hold the refusal back, and the model without the top {100 * fraction:g}% of all heads: attack "
+        "success on the set that is attacked most successfully to begin with, the highest over-refusal of a benign "
+        "set, degenerate answers of the attacked set, and benign perplexity as a multiple of the unchanged model's."
+    )
+    head = ["model", "suppression heads", "set", "attack success [95%]", "without them [95%]"]
+    head += ["over-refusal [95%]", "without them [95%]", "degenerate without them [95%]", "perplexity ratio [95%]"]
+    return [Table(caption, head, rows)]
 
 
 # Sections about the study as a whole: those before the models' own, and those behind them.

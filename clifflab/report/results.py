@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 
 from clifflab.artifacts import read_json, read_parquet
 from clifflab.config import Study
+from clifflab.report.ablation_results import AblationFound, read_ablation
+from clifflab.report.head_results import HeadsFound, read_heads
 from clifflab.science.stats import Floats
 from clifflab.stages.base import Layout
 from clifflab.stages.metrics import model_metrics
@@ -106,6 +108,16 @@ class ModelResults:
         for stage, reason in zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True):
             counts[f"{stage}: {reason}"] = counts.get(f"{stage}: {reason}", 0) + 1
         return counts
+
+    @cached_property
+    def heads(self) -> HeadsFound | None:
+        """What the search for suppression heads found, and the model's own ground truth beside it."""
+        return read_heads(self.folder, self.study.model(self.name))
+
+    @cached_property
+    def ablation(self) -> AblationFound | None:
+        """What the model did with heads removed."""
+        return read_ablation(self.folder, self.study.heads.fraction)
 
     def token_logits(self, row: int) -> Floats:
         """Logits of a trace's scored tokens, by the logistic all-position probe at its reported layer, ``[T]``."""

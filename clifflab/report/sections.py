@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from clifflab.report.ablation import ablation_section
 from clifflab.report.blocks import Drawing, Note, Section, Table
 from clifflab.report.controls import controls_section, cross_section, judges_section, truncation_section
 from clifflab.report.figures import auroc_by_layer, cliff_histograms, closing_drops, curves, layer_map, outcome_bars
+from clifflab.report.heads import heads_section
 from clifflab.report.results import ModelResults
 from clifflab.report.tokens import views
 from clifflab.science.judges import OUTCOMES
@@ -255,6 +257,8 @@ SECTIONS: tuple[Callable[[ModelResults], Section | None], ...] = (
     cliffs_section,
     drops_section,
     truncation_section,
+    heads_section,
+    ablation_section,
     maps_section,
     probes_section,
     controls_section,
@@ -266,6 +270,9 @@ SECTIONS: tuple[Callable[[ModelResults], Section | None], ...] = (
 UNCHECKED: dict[str, str] = {
     "cross": "how each probe reads positions that it was not trained at",
     "controls": "whether the probes beat shuffled labels, a bag of words and the logit lens, also on other sources",
+    "heads": "cause: a probe reads what the model's states say about refusing; nothing here changes them to see what "
+    "follows",
+    "ablation": "what the model writes when the heads that hold refusal back are removed",
     "truncation": "what the model does when its thinking is cut short",
 }
 

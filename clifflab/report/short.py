@@ -5,34 +5,37 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from clifflab.report.heads_short import heads_sentences
 from clifflab.report.numbers import interval
 from clifflab.report.sections import UNCHECKED
 
 _ALWAYS = (
-    "cause: a probe reads what the model's states say about refusing; nothing here changes them to see what follows",
+    "other causes: where heads are removed, it is one by one and in the sets that are listed; MLPs never are",
     "harm: complied means that the judge saw no refusal, not that the answer would help anyone do harm",
 )
 
 
-def finding(name: str, summary: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
-    """What was found on one model: a verdict of a few words, and the sentences behind it.
+def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction: float = 0.03) -> dict[str, str]:
+    """What was found on one model: a verdict of a few words, the sentences behind it, and those on heads.
 
     Args:
         name: The model's name.
         summary: Its part of ``metrics.json``.
         labels: Label of each set.
+        fraction: Share of heads that counts as the top.
     """
-    excess = summary["excess_cliff"]["all"]
+    excess, heads = summary["excess_cliff"]["all"], heads_sentences(summary, fraction)
     if not summary["probe"]["trained"]:
         verdict = f"No probe could be trained: {summary['probe']['reason']}."
         return {
             "name": name,
             "verdict": verdict,
             "text": "Outcomes are below; no score, plateau or cliff is reported, and none is guessed.",
+            "heads": heads,
         }
     if excess["mean"] is None:
         verdict = f"Not defined here: {excess.get('reason', 'too few traces')}."
-        return {"name": name, "verdict": verdict, "text": _largest(summary, labels)}
+        return {"name": name, "verdict": verdict, "text": _largest(summary, labels), "heads": heads}
     sides = f"{excess['n_complied']:,} traces against {excess['n_refused']:,}"
     text = (
         f"Harmful requests that it complied with lost {interval(excess)} more refusal score at the end of the thinking "
@@ -42,7 +45,7 @@ def finding(name: str, summary: dict[str, Any], labels: dict[str, str]) -> dict[
         f"trained at the final position only, as in the paper, the same difference reads "
         f"{interval(summary['excess_cliff']['final'])}."
     )
-    return {"name": name, "verdict": _verdict(excess)[0], "text": text}
+    return {"name": name, "verdict": _verdict(excess)[0], "text": text, "heads": heads}
 
 
 def _harm_or_refusal(summary: dict[str, Any]) -> str:

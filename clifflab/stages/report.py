@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ class ReportStep(Step):
         "head_sets", "ablation",
     )  # fmt: skip
     suffix = ".zip"
+
+    def reads(self, study: Study, file_hash: Callable[[Path], str]) -> Any:
+        """The ground truth of models that have one: shown beside what was found, and known to no other step."""
+        from clifflab.report.head_results import ground_truth_file
+
+        files = {model.name: ground_truth_file(model) for model in study.models}
+        found = {name: {"ground truth": file_hash(file)} for name, file in files.items() if file}
+        return found or None
 
     def settings(self, study: Study) -> Any:
         """The study's name and its sets, and how the page is made: a new look draws the page anew, and nothing else."""
