@@ -15,7 +15,7 @@ import pytest
 from tests.forkserver import READ_AT_IMPORT, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# As in a study's workers: results are compared bit by bit, and threads that wait for each other on busy cores cost time.
+# As in a study's workers: results are compared bit by bit, and threads that wait for each other cost time.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")

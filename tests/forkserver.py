@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-READ_AT_IMPORT = ("HF_HOME", "HF_HUB_", "OMP_", "PYTHON", "TRANSFORMERS_")  # variables that a forked process would learn too late
+READ_AT_IMPORT = ("HF_HOME", "HF_HUB_", "OMP_", "PYTHON", "TRANSFORMERS_")  # a forked process would learn them too late
 HEAVY = (
     "torch",
     "scipy.stats",
@@ -105,7 +105,7 @@ def _serve() -> dict[str, Any] | None:
     """Answer requests until there are none; in a forked child, its request."""
     codes: dict[int, int] = {}
     for line in sys.stdin:
-        request = json.loads(line)
+        request: dict[str, Any] = json.loads(line)
         if "poll" not in request:
             pid = os.fork()
             if pid == 0:
