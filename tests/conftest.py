@@ -21,23 +21,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 
 
-# Begun early, so that no process of several ends long after the others.
-LONG = ("test_ray", "test_report.py", "test_sceptic.py", "test_study.py")
+# Words of file names (test_ray_crash.py) whose tests share one process where there are several: Ray keeps all cores
+# busy by itself, and some of its tests kill workers.
+TOGETHER = ("ray",)
+LONG = (*TOGETHER, "report", "sceptic", "study")  # begun early, so that no process ends long after the others
+
+
+def words_of(file: str) -> list[str]:
+    return Path(file).stem.split("_")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (``-n 2``) the tests of a file share one, and all ``test_ray_*.py`` share one.
-
-    Files share the studies that their fixtures run. Ray keeps all cores busy by itself, and some of its tests kill
-    workers: one local Ray at a time.
-    """
+    """With several processes (``-n 2``) all tests of a file share one, and with it the studies that fixtures run."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0].rpartition("/")[2]
-            return "test_ray" if file.startswith("test_ray_") else file
+            file = nodeid.split("::", 1)[0]
+            return next((word for word in TOGETHER if word in words_of(file)), file)
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -45,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first."""
-    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.path.name.startswith(name)), len(LONG)))
+    items.sort(key=lambda item: next((i for i, w in enumerate(LONG) if w in words_of(item.path.name)), len(LONG)))
 
 
 def tiny_config(architecture: str, vocab: int) -> Any:
