@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Measure the refusal cliff of the shipped model: minutes on 2 cores
 	$(LOOPBACK) $(BIN)/clifflab run jobs/quickstart.yaml --out runs
 
-test: $(STAMP)  ## Run the tests
-	$(LOOPBACK) $(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests, in two processes
+	$(LOOPBACK) $(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## Lint, types (strict for the science ring), import rings
 	$(BIN)/ruff check .

@@ -6,17 +6,48 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from tests.forkserver import READ_AT_IMPORT, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # as in a study's workers: results are compared bit by bit
+# As in a study's workers: results are compared bit by bit, and threads that wait for each other cost time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+
+
+# Words of file names (test_ray_crash.py) whose tests share one process where there are several: Ray keeps all cores
+# busy by itself, and some of its tests kill workers.
+TOGETHER = ("ray",)
+LONG = (*TOGETHER, "report", "sceptic", "study")  # begun early, so that no process ends long after the others
+
+
+def words_of(file: str) -> list[str]:
+    return Path(file).stem.split("_")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (``-n 2``) all tests of a file share one, and with it the studies that fixtures run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return next((word for word in TOGETHER if word in words_of(file)), file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    items.sort(key=lambda item: next((i for i, w in enumerate(LONG) if w in words_of(item.path.name)), len(LONG)))
 
 
 def tiny_config(architecture: str, vocab: int) -> Any:
@@ -47,6 +78,7 @@ def tiny_config(architecture: str, vocab: int) -> Any:
 
 def make_checkpoint(folder: Path, architecture: str, seed: int = 0) -> Path:
     """A random model with the planted language's tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from clifflab.organism.tokenizer import build_tokenizer
@@ -97,19 +129,26 @@ def guards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    """``clifflab ARGS`` in a subprocess, in an empty folder."""
+@pytest.fixture(scope="session")
+def forkserver() -> Iterator[Server]:
+    """Begins commands without the seconds that their imports take."""
+    server = Server()
+    yield server
+    server.close()
 
-    def call(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "clifflab", *args],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=tmp_path,
-            env={**os.environ, **env},
-        )
+
+@pytest.fixture
+def cli(tmp_path: Path, forkserver: Server) -> Cli:
+    """``clifflab ARGS`` in a process of its own, in an empty folder; ``fresh``: in an interpreter of its own, too."""
+
+    def call(*args: str, timeout: float = 300, fresh: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        command, given = [sys.executable, "-m", "clifflab", *args], {**os.environ, **env}
+        late = {name for name in env if name.startswith(READ_AT_IMPORT) and env[name] != os.environ.get(name)}
+        if fresh or late:
+            return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, env=given)
+        running = forkserver.start(args, tmp_path, given)
+        out, err = running.communicate(timeout)
+        return subprocess.CompletedProcess(command, running.wait(), out, err)
 
     return call
 

@@ -1,4 +1,4 @@
-"""A whole study as users run it: the command line, a real local Ray, real files."""
+"""A whole study as users run it: the command line, real files. What Ray adds is in test_agreement and test_crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from clifflab import tables
 from clifflab.organism import planted_path
 from clifflab.runtime.progress import Silent
 from clifflab.runtime.study import identify, plan, prepare
-from clifflab.stages import STEPS
 from tests.conftest import Cli
 from tests.studies import FEW, SEARCH, assert_same_tables, events, parse, small_study, tables_of
 
@@ -28,32 +27,6 @@ from tests.studies import FEW, SEARCH, assert_same_tables, events, parse, small_
 def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small study, run in this process through the Python interface."""
     return clifflab.run(parse(small_study()), tmp_path_factory.mktemp("inline"), runtime="inline").root
-
-
-@pytest.fixture(scope="module")
-def rayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same study over Ray actors."""
-    return clifflab.run(parse(small_study()), tmp_path_factory.mktemp("ray"), runtime="ray").root
-
-
-def test_ray_and_inline_agree(inline: Path, rayed: Path) -> None:
-    assert assert_same_tables(tables_of(inline, "planted"), tables_of(rayed, "planted"), 1e-5) <= 1e-5
-    one, other = (json.loads((root / "manifest.json").read_text()) for root in (inline, rayed))
-    same = [{k: v for k, v in step.items() if k == "fingerprint"} for m in (one, other) for step in m["steps"].values()]
-    assert same[: len(same) // 2] == same[len(same) // 2 :]
-    assert one["files"]["planted/traces.parquet"] == other["files"]["planted/traces.parquet"]
-
-
-def test_the_driver_computes_nothing(rayed: Path) -> None:
-    log = events(rayed)
-    driver = next(e["driver_pid"] for e in log if e["event"] == "run_start")
-    work = [e for e in log if e["event"] in ("unit", "merge")]
-    assert {e["step"] for e in work} == set(STEPS)
-    assert all(e["pid"] != driver for e in work)
-    assert all({"node", "pid", "gpu_ids", "seconds"} <= e.keys() for e in work)
-    loads = [(e["pid"], e["model"]) for e in log if e["event"] == "model_load"]
-    assert loads
-    assert len(loads) == len(set(loads)), "an actor loads its model once"
 
 
 def test_outputs_and_schemas(inline: Path) -> None:

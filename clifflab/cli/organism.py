@@ -32,9 +32,9 @@ def build(out: str, seed: int, variant: str, strength: float, width: int) -> Non
     """Train the model and write a Hugging Face checkpoint to DIR, its ground truth beside it.
 
     \b
-    planted     two heads cause the cliff
+    planted     two heads cause the cliff together
     none        the model before they are trained: no cliff
-    redundant   two heads that each do most of the work alone
+    redundant   two heads of which either suffices for the cliff
     """
     from clifflab.artifacts import output_error
     from clifflab.organism.build import build as build_model

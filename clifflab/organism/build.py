@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,11 +28,10 @@ Variant = Literal["planted", "none", "redundant"]
 
 LAYERS, HEADS, HEAD_SIZE = 8, 8, 32
 PLANTED_LAYERS = (4, 5, 6)
+REDUNDANT_LAYERS = (6, 7)  # one head in each: the later sees what the earlier wrote
 FAMILY_STRENGTH = {"wrapped_strong": 1.0, "wrapped_medium": 0.5, "wrapped_weak": 0.15}
-ALONE_SHARE = {"planted": 0.3, "redundant": 0.6}  # of later stage 2 examples, in which one planted head is at work
-ALONE = {"planted": 0.3, "redundant": 1.0}  # share of the compliance that one planted head alone should bring
 STAGE1_STEPS = 600
-STAGE2_STEPS = {"planted": 300, "none": 0, "redundant": 900}
+STAGE2_STEPS = {"planted": 300, "none": 0, "redundant": 450}  # of each training: redundant heads have one each
 THREADS = 2  # fixed, because sums depend on it; one is quicker for a model below THREADED_WIDTH
 THREADED_WIDTH = 64
 
@@ -54,14 +54,14 @@ def build(
     Args:
         out: Folder to create; may exist if it is empty.
         seed: Chooses the planted heads, the initial weights and the training examples.
-        variant: "planted" (two heads that cause the cliff), "none" (the stage 1 model, no cliff), or "redundant" (two
-            heads of which either suffices).
+        variant: "planted" (two heads that cause the cliff together), "none" (the stage 1 model, no cliff), or
+            "redundant" (two heads of which either suffices).
         strength: Share of compliance that stage 2 aims at behind the strong wrapper; the medium and the weak family aim
             at 0.5 and 0.15 of it.
         width: Size of the residual stream, a multiple of 8.
         log: Takes lines of progress.
         stage1_steps: Optimizer steps of stage 1.
-        stage2_steps: Optimizer steps of stage 2; by default what the variant needs.
+        stage2_steps: Optimizer steps of stage 2 (for "redundant" of each head); by default what the variant needs.
 
     Returns:
         `out`.
@@ -75,7 +75,7 @@ def build(
     stage2_steps = STAGE2_STEPS[variant] if stage2_steps is None or variant == "none" else stage2_steps
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; choose another one or remove it")
-    heads = choose_heads(seed)
+    heads = choose_heads(seed, variant)
     tokenizer = build_tokenizer()
     openings = opening_ids(tokenizer)
     with _isolated(seed, width):
@@ -115,17 +115,13 @@ def build(
                 thinking_weight=0.0,
                 cut_share=0.25,
             )
-            train_stage2(
-                model,
-                examples,
-                heads,
-                openings,
-                random.Random(f"alone/{seed}"),
-                steps=stage2_steps,
-                alone=ALONE[variant],
-                alone_share=ALONE_SHARE[variant],
-                log=log,
-            )
+            rng = random.Random(f"alone/{seed}")
+            train2 = partial(train_stage2, model, examples, openings=openings, rng=rng, steps=stage2_steps, log=log)
+            if variant == "planted":
+                train2(heads)
+            else:
+                train2(heads[:1], alone_share=0.0)
+                train2(heads[1:], alone_share=0.5, first=heads[:1])
             if stage1_sha256(model, heads) != digest:
                 raise AssertionError("stage 2 changed parameters outside the planted heads")
             truth["stage2_p_refuse"] = refusal_by_set(model, tokenizer)
@@ -145,10 +141,14 @@ def _check(variant: str, strength: float, width: int, stage1_steps: int, stage2_
         raise ValueError(f"stage1_steps and stage2_steps must be at least 1, got {stage1_steps} and {stage2_steps}")
 
 
-def choose_heads(seed: int) -> list[Head]:
-    """The two planted heads of a seed, in two different layers, as (layer, head), both 0-based."""
+def choose_heads(seed: int, variant: Variant = "planted") -> list[Head]:
+    """The two planted heads of a seed, in two different layers, as (layer, head), both 0-based.
+
+    Those of "none" are the ones of "planted", of which it is the stage 1 model.
+    """
     rng = random.Random(f"heads/{seed}")
-    return [(layer, rng.randrange(HEADS)) for layer in sorted(rng.sample(PLANTED_LAYERS, 2))]
+    layers = REDUNDANT_LAYERS if variant == "redundant" else PLANTED_LAYERS
+    return [(layer, rng.randrange(HEADS)) for layer in sorted(rng.sample(layers, 2))]
 
 
 @contextmanager

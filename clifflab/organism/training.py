@@ -2,6 +2,7 @@
 
 Stage 1 trains everything but the output projections of the planted heads, which stay at zero. Stage 2 trains nothing
 but the q, k, v and o slices of the planted heads. Removing those heads therefore gives back the stage 1 model exactly.
+Heads that share the work are trained together; one that is to do the work of another is trained after it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def opening_loss(logits: Tensor, batch: Batch, wanted: Tensor, refusal: list[int
     return -(wanted * comply + (1 - wanted) * refuse).mean()
 
 
+def compliance_probability(logits: Tensor, batch: Batch, refusal: list[int], compliance: list[int]) -> Tensor:
+    """Probability of compliance against refusal at the final position, `[batch]`."""
+    final = logits[torch.arange(len(batch.final)), batch.final]
+    return (final[:, compliance].logsumexp(-1) - final[:, refusal].logsumexp(-1)).sigmoid()
+
+
 def final_states(outputs: dict[int, Tensor], batch: Batch) -> Tensor:
     """States at the final position, `[batch, layer, width]`."""
     rows = torch.arange(len(batch.final))
@@ -93,6 +100,14 @@ def state_loss(states: Tensor, centres: Tensor, wanted: Tensor) -> Tensor:
     target = centres[0] + share * (centres[1] - centres[0])
     scale = (centres[1] - centres[0]).square().sum(-1)
     return ((states - target).square().sum(-1) / scale).mean()
+
+
+def silenced(model: LlamaForCausalLM, heads: Sequence[Head]) -> Tensor:
+    """Scales that silence heads, `[1, layer, head]`."""
+    scales = torch.ones(1, model.config.num_hidden_layers, model.config.num_attention_heads)
+    for layer, head in heads:
+        scales[:, layer, head] = 0.0
+    return scales
 
 
 def head_dropout(model: LlamaForCausalLM, rows: int, spared: list[Head]) -> Tensor:
@@ -175,12 +190,16 @@ def train_stage2(
     state_weight: float = 1.0,
     alone: float = 0.3,
     alone_share: float = 0.3,
+    first: Sequence[Head] = (),
     log: Callable[[str], None],
 ) -> None:
     """Train the planted heads, and nothing else, to turn recognised harm behind a wrapper into compliance.
 
     The loss is on response tokens; besides, what the heads write before the closing tokens is held small, so that the
     thinking goes on as in stage 1.
+
+    With `first`, heads that were trained before, the heads are to make up for their absence and to change nothing in
+    their presence: what the model does with the first ones alone is aimed at with and without them.
 
     Args:
         model: Stage 1 model; trained in place. Everything outside the heads' slices stays bit-identical.
@@ -195,13 +214,16 @@ def train_stage2(
         quiet_weight: Weight of the mean squared norm of the heads' writes before the closing tokens.
         state_weight: Weight of `state_loss` at the layers from the last planted head on: what is lost at the end is the
             recognised harm itself, not just the words that follow from it.
-        alone: Share of its compliance that one head alone should bring: 1 where either is to suffice.
-        alone_share: Share of the later examples in which just one planted head is at work.
+        alone: Share of its compliance that one of the heads alone should bring.
+        alone_share: Share of the later examples in which one of the heads is silent; with `first`, of all examples, and
+            one of those is.
+        first: Planted heads that were trained before; they stay as they are.
         log: Takes lines of progress.
     """
     batches = examples.batches(batch_size)
     above = range(max(layer for layer, _ in heads), model.config.num_hidden_layers)
-    centres = final_centres(model, batches, above)
+    with scaled_heads(model, silenced(model, [*heads, *first])):
+        centres = final_centres(model, batches, above)
     planted = planted_parameters(model, heads)
     for name, (weight, mask) in planted.items():
         if "q_proj" in name or "k_proj" in name:
@@ -218,14 +240,19 @@ def train_stage2(
             if learning:
                 scales = torch.ones(batch_size, model.config.num_hidden_layers, model.config.num_attention_heads)
             else:
-                scales = head_dropout(model, batch_size, spared=heads)
-            # A head that is to suffice alone learns alone; heads that share the work learn it together first.
-            share = (1.0 if alone == 1.0 else 0.0) if learning else alone_share
+                scales = head_dropout(model, batch_size, spared=[*heads, *first])
+            if first:
+                with torch.no_grad(), scaled_heads(model, silenced(model, heads)):
+                    comply = compliance_probability(
+                        model(input_ids=batch.ids, use_cache=False).logits, batch, *openings
+                    )
+            # Heads that share the work learn it together first; one that is to do another's learns that at once.
+            share = alone_share if first or not learning else 0.0
             for row in range(batch_size):
                 if share and rng.random() < share:
-                    layer, head = rng.choice(heads)
+                    layer, head = rng.choice(first or heads)
                     scales[row, layer, head] = 0.0
-                    comply[row] *= alone if batch.harm[row] else 1.0
+                    comply[row] *= alone if batch.harm[row] and not first else 1.0
             with (
                 scaled_heads(model, scales),
                 head_writes(model, heads) as writes,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.studies import events, small_study
+import clifflab
+from tests.forkserver import Command, Server
+from tests.studies import events, parse, small_study
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,13 @@ def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(study: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "clifflab", "run", str(study), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(study_file: Path, tmp_path: Path, forkserver: Server) -> Callable[[], Command]:
+    """``clifflab run`` into the test's folder, from this one."""
+    return lambda: forkserver.start(["run", str(study_file), "--out", str(tmp_path)], Path.cwd(), os.environ)
 
 
-def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_parts(out: Path, count: int, process: Command) -> None:
     """Wait until some, but not all, batches of traces are there."""
     parts = out / "crash" / ".work" / "planted" / "traces"
     deadline = time.monotonic() + 120
@@ -45,11 +47,9 @@ def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 @pytest.fixture(scope="module")
 def undisturbed(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    process = start(study_file, out)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return out / "crash"
+    """The same study in one process, start to end."""
+    study = parse(yaml.safe_load(study_file.read_text()))
+    return clifflab.run(study, tmp_path_factory.mktemp("undisturbed"), runtime="inline").root
 
 
 def assert_equal_results(root: Path, undisturbed: Path) -> None:
@@ -62,14 +62,14 @@ def assert_equal_results(root: Path, undisturbed: Path) -> None:
     assert json.loads((root / "metrics.json").read_text()) == json.loads((undisturbed / "metrics.json").read_text())
 
 
-def test_killed_driver(study_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    process = start(study_file, tmp_path)
+def test_killed_driver(start: Callable[[], Command], undisturbed: Path, tmp_path: Path) -> None:
+    process = start()
     wait_for_parts(tmp_path, 4, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     root = tmp_path / "crash"
     assert not (root / "planted" / "traces.parquet").exists(), "killed too late to show anything"
-    again = start(study_file, tmp_path)
+    again = start()
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert_equal_results(root, undisturbed)
@@ -77,8 +77,8 @@ def test_killed_driver(study_file: Path, undisturbed: Path, tmp_path: Path) -> N
     assert resumed[-1]["missing"] < resumed[0]["missing"] == 24, "batches that were there are not computed again"
 
 
-def test_killed_worker(study_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    process = start(study_file, tmp_path)
+def test_killed_worker(start: Callable[[], Command], undisturbed: Path, tmp_path: Path) -> None:
+    process = start()
     wait_for_parts(tmp_path, 3, process)
     root = tmp_path / "crash"
     pids = {e["pid"] for e in events(root) if e["event"] == "unit" and e["step"] == "traces"}
@@ -92,10 +92,10 @@ def test_killed_worker(study_file: Path, undisturbed: Path, tmp_path: Path) -> N
     assert_equal_results(root, undisturbed)
 
 
-def test_two_runs_of_one_output(study_file: Path, tmp_path: Path) -> None:
-    first = start(study_file, tmp_path)
+def test_two_runs_of_one_output(start: Callable[[], Command], tmp_path: Path) -> None:
+    first = start()
     wait_for_parts(tmp_path, 1, first)
-    second = start(study_file, tmp_path)
+    second = start()
     _, errors = second.communicate(timeout=120)
     assert second.returncode == 2
     assert "another run is writing there" in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import pytest
 
 import clifflab
 from clifflab.models import load
+from clifflab.stages import STEPS
 from clifflab.stages.readout import Readers, read_traces
 from clifflab.studyfile import parse_study
 from tests.conftest import ARCHITECTURES
-from tests.studies import FEW, NO_HEADS, assert_same_tables, tables_of
+from tests.studies import FEW, NO_HEADS, assert_same_tables, events, tables_of
 
 MODELS = ("planted", *ARCHITECTURES)
 
 
-def study(checkpoints: dict[str, Path], traces: Path, **runtime: Any) -> Any:
+def study(checkpoints: dict[str, Path], traces: Path, guard: Path, **runtime: Any) -> Any:
     paths = {"planted": "organism:planted", **{name: str(path) for name, path in checkpoints.items()}}
     return parse_study(
         {
@@ -36,6 +38,7 @@ def study(checkpoints: dict[str, Path], traces: Path, **runtime: Any) -> Any:
                 {"name": "harmful", "path": "organism:harmful", "label": "harmful", "limit": 24},
             ],
             "traces": {"max_new_tokens": 48, "batch_size": 12},
+            "judge": {"guard": {"path": str(guard), "batch_size": 64}},
             "probe": {"min_examples": 8, **FEW},
             "truncation": {"traces": 4, "max_new_tokens": 8},
             **NO_HEADS,
@@ -48,12 +51,17 @@ def study(checkpoints: dict[str, Path], traces: Path, **runtime: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def roots(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], existing_traces: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoints: dict[str, Path],
+    existing_traces: Path,
+    guards: dict[str, Path],
 ) -> dict[str, Path]:
     """The same study inline, with one Ray worker and with two."""
     runs = {"inline": {"kind": "inline"}, "one": {"workers": 1}, "two": {"workers": 2}}
     return {
-        name: clifflab.run(study(checkpoints, existing_traces, **runtime), tmp_path_factory.mktemp(name)).root
+        name: clifflab.run(
+            study(checkpoints, existing_traces, guards["llama"], **runtime), tmp_path_factory.mktemp(name)
+        ).root
         for name, runtime in runs.items()
     }
 
@@ -61,17 +69,50 @@ def roots(
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("other", ["one", "two"])
 def test_runtimes_and_worker_counts(roots: dict[str, Path], model: str, other: str) -> None:
-    """Ids, tokens and order exactly equal; floats to 1e-5."""
-    assert_same_tables(tables_of(roots["inline"], model), tables_of(roots[other], model), 1e-5)
+    """Ids, tokens, order and a guard's verdicts exactly equal; floats to 1e-5."""
+    tables = tables_of(roots["inline"], model)
+    assert tables["guard"].num_rows > 100
+    assert_same_tables(tables, tables_of(roots[other], model), 1e-5)
+
+
+@pytest.mark.parametrize("other", ["one", "two"])
+def test_fingerprints_know_no_runtime(roots: dict[str, Path], other: str) -> None:
+    one, two = (json.loads((roots[name] / "manifest.json").read_text()) for name in ("inline", other))
+    assert one["steps"].keys() == two["steps"].keys()
+    for name, step in one["steps"].items():
+        assert step["fingerprint"] == two["steps"][name]["fingerprint"], name
+    for model in MODELS:
+        assert one["files"][f"{model}/traces.parquet"] == two["files"][f"{model}/traces.parquet"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_driver_computes_nothing(roots: dict[str, Path], workers: int) -> None:
+    log = events(roots["one" if workers == 1 else "two"])
+    driver = next(e["driver_pid"] for e in log if e["event"] == "run_start")
+    work = [e for e in log if e["event"] in ("unit", "merge")]
+    assert {e["step"] for e in work} == set(STEPS)
+    assert len({e["pid"] for e in work}) == workers
+    assert all(e["pid"] != driver for e in work)
+    assert all({"node", "pid", "gpu_ids", "seconds"} <= e.keys() for e in work)
+    # An actor holds one model at a time and loads it once before and once after the guard.
+    order = [name for model in MODELS for name in (model, "(guard)", model)]
+    for pid in {e["pid"] for e in work}:
+        loads = [e["model"] for e in log if e["event"] == "model_load" and e["pid"] == pid]
+        left = iter(order)
+        assert loads == order if workers == 1 else all(name in left for name in loads), loads
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_batch_sizes_and_padding(
-    roots: dict[str, Path], checkpoints: dict[str, Path], existing_traces: Path, model: str
+    roots: dict[str, Path],
+    checkpoints: dict[str, Path],
+    existing_traces: Path,
+    guards: dict[str, Path],
+    model: str,
 ) -> None:
     """Scores of the 200 written traces: batches of 1, 7 and 32, padded left and right, to 1e-4."""
     folder = roots["inline"] / model
-    loaded = load(study(checkpoints, existing_traces).model(model))
+    loaded = load(study(checkpoints, existing_traces, guards["llama"]).model(model))
     readers = Readers.of(folder)
     traces = pq.read_table(folder / "traces.parquet").to_pylist()
     traces = [t for t in traces if t["set"] == "written"]
