@@ -59,6 +59,10 @@ def test_documented_columns() -> None:
         tables.CURVES,
         tables.CLIFFS,
         tables.SCORES,
+        tables.HEADS,
+        tables.ABLATION,
+        tables.ABLATION_TRACES,
+        tables.ABLATION_PERPLEXITY,
         tables.REJECTS,
     ):
         for column in schema.names:

@@ -15,7 +15,7 @@ from clifflab.stages.base import Context
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.head_ranks import cluster_halves, ranked_heads
 
-RANDOM_SHARE = 4  # a draw of random heads gets a quarter of the traces; draws take turns, so that all serve equally
+RANDOM_SHARE = 8  # a draw of random heads gets a quarter of the traces; draws take turns, so that all serve equally
 _COLUMNS = ["trace_id", "id", "set", "label", "group", "closed", "closing_start", "response_start"]
 
 Row = tuple[int, int]
