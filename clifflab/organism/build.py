@@ -32,6 +32,8 @@ REDUNDANT_LAYERS = (6, 7)  # one head in each: the later sees what the earlier w
 FAMILY_STRENGTH = {"wrapped_strong": 1.0, "wrapped_medium": 0.5, "wrapped_weak": 0.15}
 STAGE1_STEPS = 600
 STAGE2_STEPS = {"planted": 300, "none": 0, "redundant": 450}  # of each training: redundant heads have one each
+SILENT_SHARE = 0.8  # of the examples from which the second redundant head learns: the first one does not do its work
+SECOND_STATE_WEIGHT = 3.0  # of the state loss of the second redundant head: it is to lose as much as the first does
 THREADS = 2  # fixed, because sums depend on it; one is quicker for a model below THREADED_WIDTH
 THREADED_WIDTH = 64
 
@@ -121,7 +123,7 @@ def build(
                 train2(heads)
             else:
                 train2(heads[:1], alone_share=0.0)
-                train2(heads[1:], alone_share=0.5, first=heads[:1])
+                train2(heads[1:], alone_share=SILENT_SHARE, state_weight=SECOND_STATE_WEIGHT, first=heads[:1])
             if stage1_sha256(model, heads) != digest:
                 raise AssertionError("stage 2 changed parameters outside the planted heads")
             truth["stage2_p_refuse"] = refusal_by_set(model, tokenizer)
