@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from clifflab.organism.examples import STAGE1_MIX, STAGE2_MIX, Examples
 from clifflab.organism.language import COMPLIANCE_WORDS, REFUSAL_WORDS
 from clifflab.organism.measure import opening_ids, refusal_by_set, removal_effects
-from clifflab.organism.surgery import Head, planted_parameters
+from clifflab.organism.surgery import Head, planted_parameters, remove_heads
 from clifflab.organism.tokenizer import build_tokenizer
 from clifflab.organism.training import train_stage1, train_stage2
 
@@ -32,6 +32,8 @@ REDUNDANT_LAYERS = (6, 7)  # one head in each: the later sees what the earlier w
 FAMILY_STRENGTH = {"wrapped_strong": 1.0, "wrapped_medium": 0.5, "wrapped_weak": 0.15}
 STAGE1_STEPS = 600
 STAGE2_STEPS = {"planted": 300, "none": 0, "redundant": 450}  # of each training: redundant heads have one each
+SILENT_SHARE = 0.8  # of the examples from which the second redundant head learns: the first one does not do its work
+SECOND_STATE_WEIGHT = 3.0  # of the state loss of the second redundant head: it is to lose as much as the first does
 THREADS = 2  # fixed, because sums depend on it; one is quicker for a model below THREADED_WIDTH
 THREADED_WIDTH = 64
 
@@ -75,7 +77,7 @@ def build(
     stage2_steps = STAGE2_STEPS[variant] if stage2_steps is None or variant == "none" else stage2_steps
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; choose another one or remove it")
-    heads = choose_heads(seed, variant)
+    silent, heads = choose_heads(seed), choose_heads(seed, variant)
     tokenizer = build_tokenizer()
     openings = opening_ids(tokenizer)
     with _isolated(seed, width):
@@ -89,7 +91,9 @@ def build(
             thinking_weight=1.0,
             cut_share=0.35,
         )
-        train_stage1(model, examples, heads, openings, steps=stage1_steps, log=log)
+        train_stage1(model, examples, silent, openings, steps=stage1_steps, log=log)
+        if variant == "redundant":
+            remove_heads(model, heads)  # they need not be the silent ones, and stage 1 can do without any single head
         digest = stage1_sha256(model, heads)
         truth: dict[str, Any] = {
             "variant": variant,
@@ -97,7 +101,7 @@ def build(
             "strength": strength,
             "width": width,
             "planted_heads": [] if variant == "none" else [list(head) for head in heads],
-            "silent_heads": [list(head) for head in heads],
+            "silent_heads": [list(head) for head in sorted({*silent, *heads})],
             "stage1_steps": stage1_steps,
             "stage2_steps": stage2_steps,
             "refusal_openings": list(REFUSAL_WORDS),
@@ -121,7 +125,7 @@ def build(
                 train2(heads)
             else:
                 train2(heads[:1], alone_share=0.0)
-                train2(heads[1:], alone_share=0.5, first=heads[:1])
+                train2(heads[1:], alone_share=SILENT_SHARE, state_weight=SECOND_STATE_WEIGHT, first=heads[:1])
             if stage1_sha256(model, heads) != digest:
                 raise AssertionError("stage 2 changed parameters outside the planted heads")
             truth["stage2_p_refuse"] = refusal_by_set(model, tokenizer)
@@ -144,7 +148,7 @@ def _check(variant: str, strength: float, width: int, stage1_steps: int, stage2_
 def choose_heads(seed: int, variant: Variant = "planted") -> list[Head]:
     """The two planted heads of a seed, in two different layers, as (layer, head), both 0-based.
 
-    Those of "none" are the ones of "planted", of which it is the stage 1 model.
+    In stage 1 those of "planted" are silent, whatever the variant.
     """
     rng = random.Random(f"heads/{seed}")
     layers = REDUNDANT_LAYERS if variant == "redundant" else PLANTED_LAYERS

@@ -40,6 +40,13 @@ def planted_parameters(model: LlamaForCausalLM, heads: list[Head]) -> dict[str, 
     return found
 
 
+@torch.no_grad()
+def remove_heads(model: LlamaForCausalLM, heads: list[Head]) -> None:
+    """Zero what heads write, for good."""
+    for layer, head in heads:
+        model.model.layers[layer].self_attn.o_proj.weight[:, head_slice(model, head)] = 0.0
+
+
 @contextmanager
 def masked_gradients(masks: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     """Multiply gradients by masks while the context is open."""
