@@ -22,8 +22,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 
 
 # Words of file names (test_ray_crash.py) whose tests share one process where there are several: Ray keeps all cores
-# busy by itself, and some of its tests kill workers.
-TOGETHER = ("ray",)
+# busy by itself, and some of its tests kill workers; the tests of ablation and of its export share a study.
+TOGETHER = ("ray", "ablation")
 LONG = (*TOGETHER, "report", "sceptic", "study")  # begun early, so that no process ends long after the others
 
 
