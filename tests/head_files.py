@@ -210,7 +210,7 @@ def ablation_about(
                 if kind == "random":
                     result |= {"draws": 20, "traces_per_draw": 8}
                     result["band"] = {m: band(rates[m]["mean"]) for m in rates}
-                    result["change_band"] = result["band"]
+                    result["change_band"] = {m: band(0.0 if rates[m]["mean"] is not None else None) for m in rates}
                 results.append(result)
         found[name] = {"label": label, "traces": 32, "half": "reporting", "results": results}
     perplexity = [

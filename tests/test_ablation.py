@@ -159,7 +159,7 @@ def test_the_planted_heads_carry_the_attack(ablated_run: Path) -> None:
         assert results["suppression"]["change"]["asr"]["high"] < -0.5
         assert abs(results["random"]["change"]["asr"]["mean"]) < 0.1
         assert results["random"]["change_band"]["asr"]["draws"] == 4
-        assert results["random"]["traces_per_draw"] == 2
+        assert results["random"]["traces_per_draw"] == 8, "at least eight, which are all here"
         assert results["random"]["traces"] == 8
         benign = {r["kind"]: r for r in figures["sets"]["benign"]["results"] if r["thinking"] == thinking}
         assert benign["suppression"]["over_refusal"]["mean"] < 0.05
@@ -208,7 +208,8 @@ def test_results_do_not_depend_on_the_cut(ablated_run: Path, tmp_path: Path) -> 
 def test_a_guard_judges_each_distinct_answer_once(ablated_run: Path, tmp_path: Path, guards: dict[str, Path]) -> None:
     shutil.copytree(ablated_run, tmp_path / "ablated")
     judge = {"guard": {"path": str(guards["llama"]), "batch_size": 64}}
-    root = run(parse(ablation_study(judge=judge)), tmp_path, runtime="inline").root
+    ablation = {**ablation_study()["ablation"], "traces": 16, "random_draws": 1}
+    root = run(parse(ablation_study(judge=judge, ablation=ablation)), tmp_path, runtime="inline").root
     folder = root / "planted"
     figures = json.loads((folder / "ablation.json").read_text())
     assert figures["judged_by"] == "guard"

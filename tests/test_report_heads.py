@@ -173,7 +173,9 @@ def test_nothing_but_nulls(tmp_path: Path) -> None:
     assert panels(heads_section(results)) == {}, "nothing to draw"
     assert "Attack success" in shown(ablation_section(results))
     summary = {"heads": about, "ablation": results.ablation.about if results.ablation else None}
-    assert heads_short.heads_sentences(summary).endswith("(no plain refused trace).")
+    assert heads_short.heads_sentences(summary).startswith(
+        "Whether a head holds the refusal back was not judged: no plain refused trace."
+    )
 
 
 def test_a_reason_takes_the_place_of_the_sections(tmp_path: Path) -> None:

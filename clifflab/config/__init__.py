@@ -100,10 +100,11 @@ class Study(Section):
     @model_validator(mode="after")
     def _known_sets(self) -> Study:
         names = [prompt_set.name for prompt_set in self.prompts]
-        for field in ("attacked", "plain"):
-            unknown = [name for name in getattr(self.heads, field) if name not in names]
+        named = {"heads.attacked": self.heads.attacked, "heads.plain": self.heads.plain}
+        for field, given in {**named, "ablation.sets": self.ablation.sets}.items():
+            unknown = [name for name in given if name not in names]
             if unknown:
-                raise ValueError(f"heads.{field}: no set is called {unknown[0]!r}; give some of {', '.join(names)}")
+                raise ValueError(f"{field}: no set is called {unknown[0]!r}; give some of {', '.join(names)}")
         return self
 
     def model(self, name: str) -> ModelSpec:

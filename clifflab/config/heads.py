@@ -91,6 +91,7 @@ class AblationConfig(Section):
         thinking: ``regenerated`` by the ablated model, or held ``fixed`` as the unchanged model wrote it.
         gamma: Factor of the chosen heads' output.
         renormalise: Keep the norm of each token's head outputs.
+        sets: Sets of prompts that are answered anew; all by default.
         traces: Prompts of each set; 0 leaves the experiment out.
         random_draws: Draws of random heads, with the counts per layer of the suppression heads.
         perplexity_traces: Benign answered traces of which the perplexity is measured.
@@ -101,6 +102,7 @@ class AblationConfig(Section):
     thinking: tuple[Literal["regenerated", "fixed"], ...] = ("regenerated", "fixed")
     gamma: float = Field(default=0.0, ge=0.0, lt=1.0)
     renormalise: bool = False
+    sets: tuple[str, ...] = ()
     traces: int = Field(default=32, ge=0)
     random_draws: int = Field(default=20, ge=1)
     perplexity_traces: int = Field(default=32, ge=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,9 +122,27 @@ class AblationFound:
                     result["traces"],
                     {m: result[m] for m in MEASURES},
                     {m: result.get("change", {}).get(m) or {} for m in MEASURES},
-                    {m: _band(result["band"][m]) for m in MEASURES if "band" in result},
+                    self._bands(entry["results"], result),
                 )
         return found
+
+    def _bands(self, results: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, Figure]:
+        """Rates over draws of random heads: the unchanged model's, plus each draw's paired change.
+
+        A draw has few prompts; its own rate would scatter with them more than with its heads.
+        """
+        if "change_band" not in result:
+            return {}
+        before = next(r for r in results if r["thinking"] == result["thinking"] and r["kind"] == "none")
+        bands: dict[str, Figure] = {}
+        for measure in MEASURES:
+            base, change = before[measure]["mean"], _band(result["change_band"][measure])
+            none = base is None or change["mean"] is None
+            bands[measure] = {
+                key: None if none else min(1.0, max(0.0, base + change[key])) if key in _ENDS else value
+                for key, value in change.items()
+            }
+        return bands
 
     def over_refusal(self, fraction: float, kind: str, thinking: str) -> tuple[str, Figure] | None:
         """The benign set with the highest over-refusal under a removal, with its rate."""
@@ -199,6 +217,9 @@ def read_ablation(folder: Path, fraction: float) -> AblationFound | None:
     """
     about = read_json(folder / "ablation.json")
     return AblationFound(about, fraction) if about else None
+
+
+_ENDS = ("mean", "low", "high", "min", "max")
 
 
 def _band(entry: Figure) -> Figure:

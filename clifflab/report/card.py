@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def _card(about: Mapping[str, Any]) -> str:
         f"- Factor (gamma) of their columns in the attention's output projection: {gamma:g}",
         "- Share of all heads: "
         + (f"top {about['fraction']:g} by the run's ranking" if about["fraction"] else "chosen by hand"),
-        *(f"- Source, {key}: `{_plain(str(value))}`" for key, value in source.items() if value is not None),
+        *(f"- Source, {key}: {_code(str(value))}" for key, value in source.items() if value is not None),
         f"- Weights are stored as {about['dtype']}, as in the source. Tokenizer and config are the source's files.",
         "",
         "The heads' values are still computed; their columns in the output projection are scaled, at every token. The "
@@ -102,5 +103,10 @@ def _measured(about: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot end its place in the page."""
-    return " ".join(text.replace("`", "'").split())
+    """Text that cannot end its place in the page, nor be read as markup."""
+    return re.sub(r"([\\<>\[\]()*_|#&])", r"\\\1", " ".join(text.replace("`", "'").split()))
+
+
+def _code(text: str) -> str:
+    """Text between backticks."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"

@@ -89,9 +89,9 @@ class HeadsFound:
 
     @cached_property
     def ranked_by(self) -> str:
-        """The method that ranks: the most trusted one that was used."""
-        used = {row["method"] for row in self.rows}
-        return next((method for method in _METHODS if method in used), EXACT)
+        """The method that ranks: that of the study; exact effects where both kinds were made."""
+        method = self.about.get("method")
+        return str(method) if method in ("direct", "attribution") else EXACT
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -156,7 +156,10 @@ class HeadsFound:
 
     def no_verdict(self, positions: str) -> str:
         """Why no head could pass at these positions; empty where heads were judged."""
-        return str(self.about["found"].get(positions, {}).get("reason") or "")
+        found = self.about["found"]
+        # Direct effects have no positions of their own.
+        entry: Mapping[str, Any] = found.get(positions) or next(iter(found.values()), {})
+        return str(entry.get("reason") or "")
 
     def promoting(self, positions: str) -> list[Head]:
         """Heads whose removal lowers refusal, by the same measure as suppression heads."""

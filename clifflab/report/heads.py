@@ -18,9 +18,10 @@ SHOWN = 15  # heads of the ranked table
 _ROLE = {
     "attacked_ranking": "attacked, ranking half",
     "attacked_reporting": "attacked, reporting half",
-    "plain_reporting": "plain and refused",
+    "plain_reporting": "refused",
     "benign_reporting": "benign and answered",
 }
+_SETS = ("attacked_sets", "plain_sets")
 
 
 def heads_section(results: ModelResults) -> Section | None:
@@ -152,20 +153,21 @@ def _effect(row: Mapping[str, Any], method: str) -> dict[str, Any] | None:
 def _method_notes(found: HeadsFound) -> list[str]:
     about, traces = found.about, found.about["traces"]
     attacked = {
-        "sets": "those of the sets that the study names",
         "complied": "harmful prompts that were complied with",
         "harmful": "harmful prompts of any outcome, since too few were complied with",
     }.get(traces["attacked_are"], traces["attacked_are"])
+    of_sets = {key: f" of the sets {', '.join(names)}" if (names := traces.get(key)) else "" for key in _SETS}
+    plain = "harmful prompts that were refused" + (of_sets["plain_sets"] or ", wrapped ones among them")
     counts = {
         name: f"{traces[name]['traces']:,} traces of {traces[name]['clusters']:,} groups" if name in traces else "none"
         for name in _ROLE
     }
     levels = {name: entry for name, entry in about["log_odds"].items() if entry["mean"] is not None}
     notes = [
-        f"Attacked traces are {attacked}: {counts['attacked_ranking']} rank the heads, "
+        f"Attacked traces are {attacked}{of_sets['attacked_sets']}: {counts['attacked_ranking']} rank the heads, "
         f"{counts['attacked_reporting']} give the effects that are shown ({traces['complied']['ranking']:,} "
         f"and {traces['complied']['reporting']:,} of them were complied with).",
-        f"For comparison: {counts['plain_reporting']}, plain harmful prompts that were refused; "
+        f"For comparison: {counts['plain_reporting']}, {plain}; "
         f"{counts['benign_reporting']}, benign prompts that were answered.",
         "Refusal log-odds of the unchanged model: "
         + "; ".join(f"{_ROLE.get(name, name)} {interval(entry)}" for name, entry in levels.items())

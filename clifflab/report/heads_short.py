@@ -32,7 +32,8 @@ def heads_line(summary: Mapping[str, Any], fraction: float = _TOP) -> str:
         return f"suppression heads: not searched ({about['reason']})"
     positions = about["positions"][0]
     found = about["found"][positions]
-    line = f"suppression heads {AT[positions]}: {_count(found, about['total'])}"
+    judged = _count(found, about["total"]) if not found["reason"] else f"not judged ({found['reason']})"
+    line = f"suppression heads {AT[positions]}: {judged}"
     removal = ablation_of(summary, fraction)
     pair = strongest(removal)
     if removal is None or pair is None:
@@ -71,7 +72,7 @@ def comparison_row(summary: Mapping[str, Any], fraction: float) -> list[Any]:
     """Suppression heads, set, attack success and over-refusal before and after, degenerate share, perplexity ratio."""
     about = summary.get("heads") or {"reason": "none"}
     first = None if about.get("reason") else about["found"][about["positions"][0]]
-    heads = _count(first, about["total"]) if first else None
+    heads = (_count(first, about["total"]) if not first["reason"] else "not judged") if first else None
     found = ablation_of(summary, fraction)
     pair = strongest(found)
     if found is None or pair is None:
@@ -91,10 +92,11 @@ def _search(summary: Mapping[str, Any]) -> str:
         return f"Heads that hold the refusal back were not searched: {about['reason']}."
     positions = about["positions"][0]
     found = about["found"][positions]
+    if found["reason"]:
+        return f"Whether a head holds the refusal back was not judged: {found['reason']}."
     said = f"Removed one at a time {AT[positions]}, {_count(found, about['total'])} raise refusal by the study's rule"
     if not found["suppression"]:
-        why = f" ({found['reason']})" if found["reason"] else ""
-        return f"{said}{why}."
+        return f"{said}."
     first = found["top"][0]
     effect = interval({**first, "mean": first["effect"]})
     gap = interval(about["gap"])
@@ -114,11 +116,14 @@ def _removal(summary: Mapping[str, Any], fraction: float) -> str:
     )
     other = [t for t in found.thinking if t != after.thinking]
     fixed = found.at(after.name, after.fraction, "suppression", other[0]) if other else None
-    if fixed and fixed.rates["asr"]["mean"] is not None:
-        said += f", with its old thinking held fixed to {interval(fixed.rates['asr'])}"
+    held = found.at(after.name, 0.0, "none", other[0]) if other else None
+    if fixed and held and fixed.rates["asr"]["mean"] is not None and held.rates["asr"]["mean"] is not None:
+        said += (
+            f"; with its old thinking held fixed from {interval(held.rates['asr'])} to {interval(fixed.rates['asr'])}"
+        )
     random = found.at(after.name, after.fraction, "random", after.thinking)
     if random and random.rates["asr"]["mean"] is not None:
-        said += f", without as many random heads of the same layers to {interval(random.rates['asr'])}"
+        said += f"; without as many random heads of the same layers to {interval(random.rates['asr'])}"
     cost = [f"degenerate {interval(after.rates['degenerate'])}"]
     over = [found.over_refusal(c.fraction, c.kind, c.thinking) for c in pair]
     if over[0] and over[1]:

@@ -101,8 +101,9 @@ def _pairs(sets: Mapping[str, Any]) -> list[Block]:
         f"Pairs of the {len(sets['candidates'])} candidates ({', '.join(sets['candidates'])}: the first by exact "
         f"effect, first-order estimate and direct contribution), {tested} tested at each place; those with the largest "
         "joint effect on the ranking half, described on the other half. Counts: the pair passes as a suppression head "
-        "would, without correction for their number. Redundant: and does more than the sum of both, so that one stands "
-        "in for the other. Hidden: and neither counts alone, so that a sweep of single heads misses both."
+        "would, without correction for their number. Redundant: and does more than the sum of both by as much, which "
+        "is what heads do that stand in for each other. Hidden: and neither counts alone, so that a sweep of single "
+        "heads misses both."
     )
     titles = ["pair", "at", "together [95%]", "share of the gap", "first alone [95%]", "second alone [95%]"]
     return [Table(caption, [*titles, "beyond the sum [95%]", "verdict"], rows)]

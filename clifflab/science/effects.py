@@ -28,7 +28,7 @@ def halves(kinds: Mapping[str, str], seed: int) -> dict[str, str]:
     Heads are chosen on one half and described on the other, so that no effect is flattered by having been chosen.
 
     Args:
-        kinds: What to balance over the halves, by cluster (its label).
+        kinds: What to balance over the halves, by cluster (its prompt sets).
         seed: Seed of the study.
     """
 

@@ -15,7 +15,8 @@ from clifflab.stages.base import Context
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.head_ranks import cluster_halves, ranked_heads
 
-RANDOM_SHARE = 8  # a draw of random heads gets a quarter of the traces; draws take turns, so that all serve equally
+RANDOM_SHARE = 8  # a draw of random heads gets an eighth of the traces; draws take turns, so that all serve equally
+RANDOM_LEAST = 8  # and at least this many
 _COLUMNS = ["trace_id", "id", "set", "label", "group", "closed", "closing_start", "response_start"]
 
 Row = tuple[int, int]
@@ -85,8 +86,10 @@ def _experiment(context: Context, model: str) -> Experiment:
 def _chosen(context: Context, traces: list[dict[str, Any]]) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Of each set a seeded choice of prompts with one trace each, of groups on which no head was chosen."""
     everyone: dict[str, list[int]] = {}
+    wanted = context.study.ablation.sets
     for index, trace in enumerate(traces):
-        everyone.setdefault(trace["set"], []).append(index)
+        if not wanted or trace["set"] in wanted:
+            everyone.setdefault(trace["set"], []).append(index)
     sets, halves = {}, {}
     for name, members in everyone.items():
         unseen = _unseen(context, traces, members)
@@ -130,7 +133,7 @@ def _held(trace: dict[str, Any]) -> bool:
 def _rows(found: list[Condition], sets: list[list[int]], wanted: int) -> tuple[Row, ...]:
     """Condition and trace of every row, trace by trace: a batch is then of few prompts, and little of it is padding."""
     rows = []
-    share = math.ceil(wanted / RANDOM_SHARE)
+    share = min(wanted, max(RANDOM_LEAST, math.ceil(wanted / RANDOM_SHARE)))
     for members in sets:
         for number, condition in enumerate(found):
             mine = members if condition.draw is None or not members else turn(members, share, condition.draw)

@@ -42,6 +42,8 @@ def head_figures(search: Search, decode: Callable[[Sequence[int]], str]) -> dict
         "no_direct": search.estimates.no_direct,
         "traces": {
             "attacked_are": chosen.attacked,
+            "attacked_sets": list(settings.attacked),
+            "plain_sets": list(settings.plain),
             **{
                 f"{role}_{half}": {"traces": len(rows), "clusters": len(set(chosen.clusters[role, half]))}
                 for (role, half), rows in chosen.rows.items()
@@ -95,7 +97,9 @@ def _entry(search: Search, exact: Method, h: int, rank: int) -> dict[str, Any]:
         "low": number(reported.low[h, LOG_ODDS]),
         "high": number(reported.high[h, LOG_ODDS]),
         "q": number(exact.q[h]),
-        "share_of_gap": number(reported.mean[h, LOG_ODDS] / search.gap["mean"]) if search.gap["mean"] else None,
+        "share_of_gap": number(reported.mean[h, LOG_ODDS] / search.gap["mean"])
+        if search.gap["mean"] and not search.gap.get("reason")
+        else None,
         "suppression": bool(exact.verdict is not None and exact.verdict[h] == 1),
         "effect_logit": number(logit),
         # Of the random directions, how many move less than the probe when the head is removed.

@@ -53,7 +53,7 @@ class Joint:
 
     def share(self, effect: float) -> float | None:
         """The effect as a share of the gap."""
-        return number(effect / self.gap["mean"]) if self.gap["mean"] else None
+        return number(effect / self.gap["mean"]) if self.gap["mean"] and not self.gap.get("reason") else None
 
 
 def joint_figures(found: Joint, positions: Sequence[str], greedy: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,14 +72,13 @@ def _ordered(sizes: dict[Head, float | None], sign: int) -> list[Head]:
 
 
 def cluster_halves(context: Context) -> dict[str, str]:
-    """Half of every cluster of the study, ``ranking`` or ``reporting``; a cluster with a harmful prompt is harmful."""
+    """Half of every cluster of the study, ``ranking`` or ``reporting``: equal shares of each mix of prompt sets."""
     path = context.layout.root / "clusters.parquet"
 
     def assign() -> dict[str, str]:
-        kinds: dict[str, str] = {}
-        for row in context.table(path).select(["cluster", "label"]).to_pylist():
-            if kinds.get(row["cluster"]) != "harmful":
-                kinds[row["cluster"]] = row["label"]
-        return halves(kinds, context.study.seed)
+        sets: dict[str, set[str]] = {}
+        for row in context.table(path).select(["cluster", "label", "set"]).to_pylist():
+            sets.setdefault(row["cluster"], set()).add(f"{row['label']}:{row['set']}")
+        return halves({cluster: " ".join(sorted(mix)) for cluster, mix in sets.items()}, context.study.seed)
 
     return context.once("halves", [path], assign)

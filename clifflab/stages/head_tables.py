@@ -159,7 +159,7 @@ class Search:
             places = {head: rank for rank, head in enumerate(method.order, start=1)}
             for h, (layer, head) in enumerate(method.heads):
                 effect = method.reporting.mean[h, LOG_ODDS]
-                share = effect / self.gap["mean"] if self.gap["mean"] else np.nan
+                share = effect / self.gap["mean"] if self.gap["mean"] and not self.gap.get("reason") else np.nan
                 numbers = {
                     "effect_logit": method.reporting.mean[h, LOGIT],
                     "effect_log_odds": effect,
@@ -203,12 +203,18 @@ class Search:
 
 
 def model_gap(chosen: Chosen, estimates: Estimates) -> dict[str, Any]:
-    """Refusal log-odds of plain refused minus attacked prompts of the reporting half."""
+    """Refusal log-odds of plain refused minus attacked prompts of the reporting half.
+
+    Where too few attacked prompts were complied with, refused ones stand among them and the figure is no gap.
+    """
     sides = [
         (estimates.of(role, REPORTING, "clean")[:, -1], chosen.clusters[role, REPORTING])
         for role in ("plain", "attacked")
     ]
-    return gap_between(*sides[0], *sides[1])
+    gap = gap_between(*sides[0], *sides[1])
+    if chosen.attacked == "harmful":
+        gap["reason"] = "too few attacked prompts were complied with"
+    return gap
 
 
 def name(head: Head) -> str:

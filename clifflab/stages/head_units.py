@@ -42,8 +42,8 @@ class Chosen:
     Attributes:
         rows: Indices into the traces table, ascending.
         clusters: Cluster of each.
-        attacked: What the attacked traces are: the named ``sets``, harmful prompts that ``complied``, or ``harmful``
-            prompts of any outcome where too few complied.
+        attacked: What the attacked traces are: harmful prompts that ``complied``, or ``harmful`` prompts of any
+            outcome where too few did.
         complied: How many of the attacked traces of each half complied.
         reason: Why nothing is swept; empty where something is.
     """
@@ -111,20 +111,21 @@ def _choose(context: Context, model: str) -> Chosen:
 
     any_of: tuple[str, ...] = ()
     rows: dict[tuple[str, str], list[int]] = {}
-    attacked = "sets" if settings.attacked else "complied"
+    attacked = "complied"
     for half in HALVES:
-        wanted = matching(half, "harmful", any_of if settings.attacked else ("complied",), settings.attacked)
+        wanted = matching(half, "harmful", ("complied",), settings.attacked)
         rows["attacked", half] = spread(wanted, settings.traces)
-        if not settings.attacked and len(rows["attacked", half]) < min(_ENOUGH, settings.traces):
+        if len(rows["attacked", half]) < min(_ENOUGH, settings.traces):
             attacked = "harmful"
     if attacked == "harmful":
         for half in HALVES:
             first = rows["attacked", half]
-            others = [index for index in matching(half, "harmful", any_of, ()) if index not in first]
+            others = [index for index in matching(half, "harmful", any_of, settings.attacked) if index not in first]
             rows["attacked", half] = first + spread(others, settings.traces - len(first))
     for half in HALVES:
-        plain = any_of if settings.plain else ("refused",)
-        rows["plain", half] = spread(matching(half, "harmful", plain, settings.plain), settings.controls)
+        refused = matching(half, "harmful", ("refused",), settings.plain)
+        taken = set(rows["attacked", half])
+        rows["plain", half] = spread([index for index in refused if index not in taken], settings.controls)
         rows["benign", half] = spread(matching(half, "benign", ("complied",), ()), settings.controls)
         if not rows["attacked", half]:
             return Chosen(reason=f"the {half} half of the groups has no attacked trace with closing tokens")
