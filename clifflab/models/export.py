@@ -64,11 +64,14 @@ def export_ablated(
     if intervention.means is not None or intervention.renormalise:
         what = "renormalised heads" if intervention.renormalise else "heads replaced by their means"
         problem = f"{what} depend on each token, so no fixed weight does that"
-        raise InputError("export", what, problem, "export heads scaled by a gamma alone")
+        raise InputError(
+            "export", what, problem, "export heads scaled by a gamma alone: --checkpoint MODEL --heads ..."
+        )
     if not chosen:
         raise InputError("--heads", "", "no head is named", "give some as layer.head, e.g. 4.2,6.2")
     from transformers import GenerationConfig
 
+    out = out.resolve()
     check_out(out)
     spec = spec.model_copy(update={"dtype": own_dtype(spec), "trust_remote_code": False})
     loaded = load(spec)

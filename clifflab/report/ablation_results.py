@@ -203,6 +203,9 @@ class AblationFound:
                 f"one; each draw answers at most {most} prompts of a set, other draws others, so that single draws "
                 "scatter more than the means."
             )
+        unreadable = sum(r.get("unreadable", 0) for entry in about["sets"].values() for r in entry["results"])
+        if unreadable:
+            notes.append(f"{unreadable:,} answers of the guard could not be read and are left out of attack success.")
         for fraction in about["without_random"]:
             notes.append(f"At {100 * fraction:g}% too few other heads remain for random draws.")
         return notes

@@ -43,7 +43,7 @@ def _card(about: Mapping[str, Any]) -> str:
         "- Share of all heads: "
         + (f"top {about['fraction']:g} by the run's ranking" if about["fraction"] else "chosen by hand"),
         *(f"- Source, {key}: {_code(str(value))}" for key, value in source.items() if value is not None),
-        f"- Weights are stored as {about['dtype']}, as in the source. Tokenizer and config are the source's files.",
+        f"- Weights are stored as {about['dtype']}. Tokenizer and config are the source's files.",
         "",
         "The heads' values are still computed; their columns in the output projection are scaled, at every token. The "
         "checkpoint needs no code of its own. When it was written, it was loaded again and compared with the source "
