@@ -83,30 +83,37 @@ def _pairs(sets: Mapping[str, Any]) -> list[Block]:
     for positions, found in sets["pairs"].items():
         tested = max(tested, found["tested"])
         for pair in found["top"][:_PAIRS]:
-            said = [word for word in ("redundant", "hidden") if pair[word]]
-            rows.append(
-                [
-                    " and ".join(pair["heads"]),
-                    PANEL.get(positions, positions),
-                    pair["log_odds"],
-                    share_text(pair["share_of_gap"]),
-                    *pair["alone"],
-                    pair["beyond_sum"],
-                    ", ".join(said) or ("counts" if pair["counts"] else "no"),
-                ]
-            )
+            rows.append(_pair_row(pair, PANEL.get(positions, positions)))
+    found = sets["greedy"].get("pair")
+    if found:  # of a candidate and any head
+        at = sets["greedy"]["positions"]
+        rows.insert(0, _pair_row(found, f"{PANEL.get(at, at)}, any partner"))
     if not rows:
         return []
     caption = (
         f"Pairs of the {len(sets['candidates'])} candidates ({', '.join(sets['candidates'])}: the first by exact "
         f"effect, first-order estimate and direct contribution), {tested} tested at each place; those with the largest "
         "joint effect on the ranking half, described on the other half. Counts: the pair passes as a suppression head "
-        "would, without correction for their number. Redundant: and does more than the sum of both by as much, which "
+        "would, without correction for their number (any partner: the best pair when all heads are swept again behind "
+        "each of the first candidates). Redundant: and does more than the sum of both by as much, which "
         "is what heads do that stand in for each other. Hidden: and neither counts alone, so that a sweep of single "
         "heads misses both."
     )
     titles = ["pair", "at", "together [95%]", "share of the gap", "first alone [95%]", "second alone [95%]"]
     return [Table(caption, [*titles, "beyond the sum [95%]", "verdict"], rows)]
+
+
+def _pair_row(pair: Mapping[str, Any], at: str) -> list[Any]:
+    said = [word for word in ("redundant", "hidden") if pair[word]]
+    return [
+        " and ".join(pair["heads"]),
+        at,
+        pair["log_odds"],
+        share_text(pair["share_of_gap"]),
+        *pair["alone"],
+        pair["beyond_sum"],
+        ", ".join(said) or ("counts" if pair["counts"] else "no"),
+    ]
 
 
 def _greedy(greedy: Mapping[str, Any]) -> list[Block]:
@@ -117,8 +124,9 @@ def _greedy(greedy: Mapping[str, Any]) -> list[Block]:
     if not rows:
         return []
     caption = (
-        f"Greedy search among the same candidates, {AT.get(greedy['positions'], greedy['positions'])}: each step adds "
-        "the head that raises the refusal log-odds of the ranking half most, and the search ends where none does. "
+        f"Greedy search, {AT.get(greedy['positions'], greedy['positions'])}: it begins with the best pair of one of "
+        "the first candidates and any swept head, and each further step adds the head that raises the refusal log-odds "
+        "of the ranking half most, until none does. "
         "Effects of all heads up to the step; those of the ranking half are flattered by the choice."
     )
     titles = ["head added", "ranking half [95%]", "reporting half [95%]", "share of the gap"]

@@ -62,14 +62,15 @@ def joint_figures(found: Joint, positions: Sequence[str], greedy: Mapping[str, A
     Args:
         found: Effects of the planned sets.
         positions: Where heads were changed.
-        greedy: The greedy search's ``order [k, 2]`` and its sets' effects on either half, ``[N, k, 2]``.
+        greedy: The greedy search's ``order [k, 2]`` and its sets' effects on either half, ``[N, k, 2]``; its first
+            ``pair [2, 2]`` and the effects of either head and of both, ``pair.HALF [N, 3, 2]``.
     """
     return {
         "reason": "",
         "candidates": [name(head) for head in found.plan.candidates],
         "doses": [_dose(found, dose, positions) for dose in found.plan.doses],
         "pairs": {at: _pairs(found, at) for at in positions},
-        "greedy": {"positions": positions[0], "steps": _steps(found, greedy)},
+        "greedy": {"positions": positions[0], "steps": _steps(found, greedy), "pair": _first_pair(found, greedy)},
     }
 
 
@@ -115,18 +116,32 @@ def _pairs(found: Joint, positions: str) -> dict[str, Any]:
 
 
 def _pair(found: Joint, positions: str, pair: Heads) -> dict[str, Any]:
-    """One pair: its joint effect, each head's own, and what the pair has beyond their sum."""
-    both = found.paired("attacked", REPORTING, positions, pair)
-    values = found.values("attacked", REPORTING, positions, pair)
-    singles = [found.values("attacked", REPORTING, positions, (head,)) for head in pair]
-    alone = [Paired.of(single, found.clusters["attacked", REPORTING]) for single in singles]
-    beyond = Paired.of(values - sum(singles), found.clusters["attacked", REPORTING])
+    """One pair of candidates."""
+    halves = {
+        half: [found.values("attacked", half, positions, heads) for heads in ((pair[0],), (pair[1],), pair)]
+        for half in (RANKING, REPORTING)
+    }
+    return _described(found, pair, halves)
+
+
+def _described(found: Joint, pair: Heads, halves: Mapping[str, Sequence[Floats]]) -> dict[str, Any]:
+    """A pair's joint effect, each head's own, and what the pair has beyond their sum.
+
+    Args:
+        found: Clusters, gap and threshold.
+        pair: Two heads.
+        halves: On either half the effects of the first head, of the second and of both, each ``[N, 2]``.
+    """
+    clusters = found.clusters["attacked", REPORTING]
+    *singles, values = halves[REPORTING]
+    both, beyond = Paired.of(values, clusters), Paired.of(values - sum(singles), clusters)
+    alone = [Paired.of(single, clusters) for single in singles]
     counts = found.counts(both.mean[LOG_ODDS], both.p[LOG_ODDS])
-    # The heads stand in for each other: what they have together beyond the sum of both counts by itself.
+    # What the heads have together beyond the sum of both counts by itself: so do heads that stand in for each other.
     redundant = counts and found.counts(beyond.mean[LOG_ODDS], beyond.p[LOG_ODDS])
     return {
         "heads": [name(head) for head in pair],
-        "ranking": found.paired("attacked", RANKING, positions, pair).figure(LOG_ODDS),
+        "ranking": Paired.of(halves[RANKING][-1], found.clusters["attacked", RANKING]).figure(LOG_ODDS),
         "log_odds": both.figure(LOG_ODDS),
         "share_of_gap": found.share(both.mean[LOG_ODDS]),
         "alone": [single.figure(LOG_ODDS) for single in alone],
@@ -136,6 +151,18 @@ def _pair(found: Joint, positions: str, pair: Heads) -> dict[str, Any]:
         # A sweep of single heads misses both.
         "hidden": redundant and not any(found.counts(s.mean[LOG_ODDS], s.p[LOG_ODDS]) for s in alone),
     }
+
+
+def _first_pair(found: Joint, greedy: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The pair that the greedy search begins with: the best of the first candidates with any head."""
+    if len(greedy["pair"]) < 2:
+        return None
+    first, second = ((int(layer), int(head)) for layer, head in greedy["pair"])
+    halves = {
+        half: list(np.moveaxis(np.asarray(greedy[f"pair.{half}"], dtype=np.float64), 1, 0))
+        for half in (RANKING, REPORTING)
+    }
+    return _described(found, (first, second), halves)
 
 
 def _steps(found: Joint, greedy: Mapping[str, Any]) -> list[dict[str, Any]]:

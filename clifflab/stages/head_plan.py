@@ -42,11 +42,13 @@ class Plan:
         doses: Top heads of every fraction.
         candidates: Heads that are searched for joint effects, best first.
         reason: Why no set is removed; empty where some are.
+        swept: All heads that were swept exactly, in the order of the model.
     """
 
     doses: tuple[Dose, ...] = ()
     candidates: Heads = ()
     reason: str = ""
+    swept: Heads = ()
     _sets: dict[tuple[str, str], list[Heads]] = field(default_factory=dict)
 
     @property
@@ -97,7 +99,9 @@ def _plan(context: Context, model: str) -> Plan:
                 drawn = [joint(heads) for heads in draws if heads]
             doses.append(Dose(kind, fraction, joint(chosen), tuple(drawn)))
     rows = context.table(context.layout.folder(model) / "heads.parquet").to_pylist()
-    return Plan(tuple(doses), _candidates(rows, ranked, settings.positions[0], settings.candidates))
+    swept = sorted({(row["layer"], row["head"]) for row in rows if row["method"] == "exact"})
+    candidates = _candidates(rows, ranked, settings.positions[0], settings.candidates)
+    return Plan(tuple(doses), candidates, swept=tuple(swept))
 
 
 def dose_fractions(context: Context) -> list[float]:

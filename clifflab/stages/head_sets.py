@@ -36,6 +36,8 @@ from clifflab.stages.head_units import (
 from clifflab.sweep import Positions, SweepTrace, sweep
 
 _GREEDY = "greedy"
+_STARTS = 4  # candidates behind which all heads are swept again
+_PARTNERS = 8  # best pairs whose heads the greedy search tries further on
 
 
 class HeadSetsStep(Step):
@@ -83,9 +85,10 @@ class HeadSetsStep(Step):
         return {"rows": len(traces), "sets": len(sets), "tokens": sum(len(trace.ids) for trace in traces)}
 
     def _greedy(self, context: Context, unit: Unit, tools: Tools) -> dict[str, Any]:
-        """Add the candidate that raises the refusal log-odds of the ranking half most, while one does.
+        """Find the best pair of a candidate and any swept head, then add heads that raise the log-odds most.
 
-        The sets on the way are then removed on the reporting half.
+        A head that another one stands in for shows when that one is gone: behind each of the first candidates all heads
+        are swept again. Choices are made on the ranking half; the sets on the way are then removed on the other.
         """
         assert unit.model is not None
         plan, chosen, settings = (
@@ -95,24 +98,46 @@ class HeadSetsStep(Step):
         )
         positions = settings.positions[0]
         total = sum(layer.heads for layer in tools.heads.layers)
-        limit = min(len(plan.candidates), max(2, *(top_count(share, total) for share in dose_fractions(context))))
+        limit = max(
+            2, min(len(plan.candidates), max(2, *(top_count(share, total) for share in dose_fractions(context))))
+        )
         halves = {half: chosen.rows["attacked", half] for half in (RANKING, REPORTING)}
         traces = {half: sweep_traces(context, unit.model, rows) for half, rows in halves.items()}
         path: list[Heads] = []
         found: list[npt.NDArray[np.float32]] = []
-        reached = 0.0
-        while len(path) < limit:
-            have = path[-1] if path else ()
-            tried = [joint((*have, head)) for head in plan.candidates if head not in have]
+
+        def step(tried: Sequence[Heads]) -> list[int]:
+            """Remove each set, go on with the best one where it raises the log-odds; the sets' places, best first."""
             effects_NSR = _effects(context, tools, traces[RANKING], tried, positions)
             means = Paired.of(effects_NSR[..., 1].astype(np.float64), chosen.clusters["attacked", RANKING]).mean
-            best = best_first(means)[0]
-            if path and not means[best] > reached:
+            order = best_first(means)
+            if not path or means[order[0]] > reached[-1]:
+                reached.append(float(means[order[0]]))
+                path.append(tried[order[0]])
+                found.append(effects_NSR[:, order[0]])
+            return order
+
+        reached: list[float] = []
+        starts, pool = plan.candidates[:_STARTS], plan.swept
+        pairs = list(dict.fromkeys(joint((start, head)) for start in starts for head in pool if head != start))
+        places = step(pairs) if pairs else []
+        pair = path[0] if pairs else starts[:1]  # a model of one head has no pairs
+        partners = [head for place in places[:_PARTNERS] for head in pairs[place]]
+        path, found, reached = [], [], []
+        step([(head,) for head in pair])
+        if pairs:
+            step([pair])
+        rest = list(dict.fromkeys([*plan.candidates, *partners]))
+        while 2 <= len(path) < limit:
+            have = path[-1]
+            tried = [joint((*have, head)) for head in rest if head not in have]
+            if not tried or (step(tried) and path[-1] == have):
                 break
-            reached = float(means[best])
-            path.append(tried[best])
-            found.append(effects_NSR[:, best])
         tensors = {RANKING: np.stack(found, 1), REPORTING: _effects(context, tools, traces[REPORTING], path, positions)}
+        parts = [*((head,) for head in pair), pair]
+        for half in (RANKING, REPORTING):
+            tensors[f"pair.{half}"] = _effects(context, tools, traces[half], parts, positions)
+        tensors["pair"] = np.asarray(pair, dtype=np.int32)
         order = [next(head for head in new if head not in old) for old, new in zip([(), *path], path, strict=False)]
         tensors["order"] = np.asarray(order, dtype=np.int32)
         write_safetensors(
