@@ -14,7 +14,7 @@ from clifflab import Study
 from clifflab.studyfile import parse_study
 
 # Steps that a study runs between "truncation" and "report".
-SEARCH = ("head_estimates", "heads", "head_sets")
+SEARCH = ("head_estimates", "heads", "head_sets", "ablated", "ablation")
 NO_HEADS = {"heads": {"traces": 0}, "ablation": {"traces": 0}}  # the search for heads has studies of its own
 FEW = {"refits": 4, "folds": 3, "shuffles": 3}  # controls that cost little
 

@@ -185,7 +185,7 @@ def test_guard_in_a_study(guards: dict[str, Path], existing_traces: Path, tmp_pa
     log = events(again.root)
     last = max(i for i, event in enumerate(log) if event["event"] == "run_start")
     started = {event["step"] for event in log[last:] if event["event"] == "step_start"}
-    assert started - {"report"} == {"guard"}
+    assert started - {"report"} == {"guard", "ablation"}
     (guards["llama"] / "note.json").unlink()
     manifest = json.loads((again.root / "manifest.json").read_text())
     assert len(manifest["reads"]["guard"]["guard"]["sha256"]) == 64
