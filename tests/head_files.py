@@ -31,8 +31,8 @@ def rate(mean: float | None) -> dict[str, Any]:
 
 def band(mean: float | None) -> dict[str, Any]:
     if mean is None:
-        return {**dict.fromkeys(("mean", "min", "max", "p2_5", "p97_5")), "draws": 0}
-    return {"mean": mean, "min": mean - 0.1, "max": mean + 0.1, "p2_5": mean - 0.05, "p97_5": mean + 0.05, "draws": 20}
+        return {**dict.fromkeys(("mean", "min", "max", "low", "high")), "n": 0}
+    return {"mean": mean, "min": mean - 0.1, "max": mean + 0.1, "low": mean - 0.05, "high": mean + 0.05, "n": 20}
 
 
 def head_rows(

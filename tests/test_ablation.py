@@ -21,7 +21,8 @@ from clifflab.models.intervene import Intervention, intervene
 from clifflab.models.loading import LoadedModel, load
 from clifflab.models.perplexity import Reading, total_nll
 from clifflab.runtime.study import run
-from clifflab.science.ablation import Condition, Outcomes, band, conditions, perplexities, removed_heads, turn
+from clifflab.science.ablation import Condition, Outcomes, conditions, perplexities, removed_heads, turn
+from clifflab.science.effects import band
 from clifflab.science.stats import GroupBootstrap
 from tests.studies import ablation_study, assert_same_tables, events, parse, tables_of
 
@@ -79,7 +80,7 @@ def test_changes_are_paired_within_traces() -> None:
     nothing = Outcomes(present, {"asr": asr}, {"asr": ~everything}, unchanged, bootstrap)
     assert nothing.rates("asr", [1])[0]["mean"] is None
     assert np.isnan(nothing.each_change("asr", [1])).all()
-    assert band([0.5, np.nan, 1.0])["draws"] == 2
+    assert band([0.5, np.nan, 1.0])["n"] == 2
     assert band([np.nan])["mean"] is None
 
 
@@ -158,7 +159,7 @@ def test_the_planted_heads_carry_the_attack(ablated_run: Path) -> None:
         assert results["suppression"]["asr"]["mean"] < 0.1
         assert results["suppression"]["change"]["asr"]["high"] < -0.5
         assert abs(results["random"]["change"]["asr"]["mean"]) < 0.1
-        assert results["random"]["change_band"]["asr"]["draws"] == 4
+        assert results["random"]["change_band"]["asr"]["n"] == 4
         assert results["random"]["traces_per_draw"] == 8, "at least eight, which are all here"
         assert results["random"]["traces"] == 8
         benign = {r["kind"]: r for r in figures["sets"]["benign"]["results"] if r["thinking"] == thinking}

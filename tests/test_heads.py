@@ -22,6 +22,7 @@ from clifflab.science.effects import (
     top_count,
     verdicts,
 )
+from clifflab.stages.head_greedy import greedy_search
 
 CLEAR: dict[str, Any] = {"mean": 10.0, "low": 8.0, "high": 12.0}
 
@@ -154,3 +155,28 @@ def test_ranks_correlations_and_percentiles() -> None:
     assert percentile(2.0, np.asarray([1.0, 2.0, 3.0, 4.0])) == 0.375
     assert percentile(2.0, np.zeros(0)) is None
     assert (band(np.asarray([1.0, 3.0]))["min"], band(np.zeros(0))["mean"]) == (1.0, None)
+
+
+def test_a_stand_in_is_found_behind_the_head_that_it_replaces() -> None:
+    """Two heads of which either suffices: the second ranks last alone, and only their joint removal shows."""
+    swept = tuple((layer, head) for layer in range(4) for head in range(4))
+    alone = {(1, 1): 0.8, (3, 2): -0.1}  # all others: small effects of their own
+    seen: list[tuple[str, int]] = []
+
+    def remove(half: str, sets: Any) -> Any:
+        seen.append((half, len(sets)))
+        effects = [
+            sum(alone.get(head, 0.05) for head in members) + 10.0 * ({(1, 1), (3, 2)} <= set(members))
+            for members in sets
+        ]
+        return np.repeat(np.asarray(effects, dtype=np.float32)[None, :, None], 6, axis=0).repeat(2, axis=2)
+
+    found = greedy_search(remove, [str(n) for n in range(6)], ((1, 1), (0, 0), (0, 1)), swept, limit=3)
+    assert found["pair"].tolist() == [[1, 1], [3, 2]]
+    assert found["order"].tolist()[:2] == [[1, 1], [3, 2]]
+    assert len(found["order"]) == 3
+    assert found["reporting"][0, :2, 1] == pytest.approx([0.8, 10.7])
+    assert found["pair.reporting"][0, :, 1] == pytest.approx([0.8, -0.1, 10.7])
+    assert ("ranking", 15 + 15 + 15 - 3) in seen, "all heads behind each start, every pair once"
+    one = greedy_search(remove, [str(n) for n in range(6)], ((0, 0),), ((0, 0),), limit=3)
+    assert one["order"].tolist() == one["pair"].tolist() == [[0, 0]]

@@ -136,12 +136,13 @@ class AblationFound:
         before = next(r for r in results if r["thinking"] == result["thinking"] and r["kind"] == "none")
         bands: dict[str, Figure] = {}
         for measure in MEASURES:
-            base, change = before[measure]["mean"], _band(result["change_band"][measure])
-            none = base is None or change["mean"] is None
-            bands[measure] = {
-                key: None if none else min(1.0, max(0.0, base + change[key])) if key in _ENDS else value
-                for key, value in change.items()
-            }
+            base, change = before[measure]["mean"], result["change_band"][measure]
+            ends = {key: change[key] for key in ("mean", "low", "high", "min", "max")}
+            if base is None or change["mean"] is None:
+                shifted = dict.fromkeys(ends)
+            else:
+                shifted = {key: min(1.0, max(0.0, base + end)) for key, end in ends.items()}
+            bands[measure] = {**change, **shifted}
         return bands
 
     def over_refusal(self, fraction: float, kind: str, thinking: str) -> tuple[str, Figure] | None:
@@ -222,13 +223,5 @@ def read_ablation(folder: Path, fraction: float) -> AblationFound | None:
     return AblationFound(about, fraction) if about else None
 
 
-_ENDS = ("mean", "low", "high", "min", "max")
-
-
-def _band(entry: Figure) -> Figure:
-    """A band over draws with the names that figures use."""
-    return {**entry, "low": entry["p2_5"], "high": entry["p97_5"]}
-
-
 def _range(entry: Figure) -> str:
-    return f"{number(entry['min'])} to {number(entry['max'])} ({entry['draws']})"
+    return f"{number(entry['min'])} to {number(entry['max'])} ({entry['n']})"

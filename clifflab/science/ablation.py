@@ -166,16 +166,6 @@ class Outcomes:
         return {**entry, **ends}
 
 
-def band(values: Sequence[float] | Floats) -> dict[str, Any]:
-    """Mean, range and middle 95% of a figure over draws of random heads; ``None`` where no draw has it."""
-    usable = np.asarray([value for value in values if np.isfinite(value)], dtype=np.float64)
-    if not len(usable):
-        return {"mean": None, "min": None, "max": None, "p2_5": None, "p97_5": None, "draws": 0}
-    low, high = np.percentile(usable, [2.5, 97.5])
-    ends = {"min": float(usable.min()), "max": float(usable.max()), "p2_5": float(low), "p97_5": float(high)}
-    return {"mean": float(usable.mean()), **ends, "draws": len(usable)}
-
-
 def perplexities(
     nll: Floats, base: Floats, tokens: Floats, mask: Bools, bootstrap: GroupBootstrap
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -185,8 +185,10 @@ def percentile(value: float, draws: Floats) -> float | None:
     return float(((draws < value).sum() + 0.5 * (draws == value).sum()) / len(draws))
 
 
-def band(draws: Floats) -> dict[str, Any]:
-    """What random draws give: ``mean, low, high`` (2.5% and 97.5%), ``min, max, n``."""
+def band(values: Sequence[float] | Floats) -> dict[str, Any]:
+    """What random draws give: ``mean, low, high`` (2.5% and 97.5%), ``min, max, n``; NaN draws are left out."""
+    draws = np.asarray(values, dtype=np.float64)
+    draws = draws[np.isfinite(draws)]
     if not len(draws):
         return {"mean": None, "low": None, "high": None, "min": None, "max": None, "n": 0}
     low, high = percentile_interval(draws)

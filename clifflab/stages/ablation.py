@@ -16,6 +16,7 @@ from clifflab.science.judges import Exchange
 from clifflab.stages.ablation_figures import ablation_figures
 from clifflab.stages.base import Context, Layout, Step, Unit, chunks
 from clifflab.stages.duplicates import group_clusters
+from clifflab.stages.guard import write_verdicts
 
 
 class AblationStep(Step):
@@ -58,18 +59,7 @@ class AblationStep(Step):
         asked = context.table(folder / "ablation_traces.parquet").take(pa.array(rows, pa.int64())).to_pylist()
         guard = context.guard()
         verdicts = guard.judge([Exchange(prompts[r["trace_id"]], r["response"], r["thinking_text"]) for r in asked])
-        columns = {
-            "row": rows,
-            "trace_id": [row["trace_id"] for row in asked],
-            "guard": [guard.name] * len(rows),
-            "verdict": [verdict.outcome for verdict in verdicts],
-            "categories": [list(verdict.categories) for verdict in verdicts],
-            "refused": [verdict.refused for verdict in verdicts],
-            "answer": [verdict.reason for verdict in verdicts],
-            "cut_tokens": [verdict.cut_tokens for verdict in verdicts],
-        }
-        write_parquet(context.part(unit), pa.table(columns, schema=tables.GUARD))
-        return {"rows": len(rows), "cut": sum(verdict.cut_tokens > 0 for verdict in verdicts)}
+        return write_verdicts(context.part(unit), guard.name, asked, verdicts)
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Give every row its verdict, and sum up."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from clifflab.config import Study
-from clifflab.science.ablation import Outcomes, band, perplexities
+from clifflab.science.ablation import Outcomes, perplexities
+from clifflab.science.effects import band
 from clifflab.science.stats import GroupBootstrap
 
 MEASURES = ("asr", "over_refusal", "unclosed", "degenerate")

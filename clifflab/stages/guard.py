@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +89,7 @@ class GuardStep(Step):
             ]
         guard = context.guard()
         verdicts = guard.judge([row["exchange"] for row in rows])
-        columns_out = {
-            "row": [row["row"] for row in rows],
-            "trace_id": [row["trace_id"] for row in rows],
-            "guard": [guard.name] * len(rows),
-            "verdict": [verdict.outcome for verdict in verdicts],
-            "categories": [list(verdict.categories) for verdict in verdicts],
-            "refused": [verdict.refused for verdict in verdicts],
-            "answer": [verdict.reason for verdict in verdicts],
-            "cut_tokens": [verdict.cut_tokens for verdict in verdicts],
-        }
-        write_parquet(context.part(unit), pa.table(columns_out, schema=tables.GUARD))
-        return {"rows": len(rows), "cut": sum(verdict.cut_tokens > 0 for verdict in verdicts)}
+        return write_verdicts(context.part(unit), guard.name, rows, verdicts)
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Join the batches, and measure the judges."""
@@ -115,6 +104,31 @@ class GuardStep(Step):
         unreadable = pc.sum(pc.equal(traces["verdict"], "unreadable")).as_py() or 0
         cut = pc.sum(pc.greater(traces["cut_tokens"], 0)).as_py() or 0
         return {"judged": traces.num_rows, "unreadable": unreadable, "cut": cut}
+
+
+def write_verdicts(
+    path: Path, guard: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Write the unit file of a guard's batch; returns its counts.
+
+    Args:
+        path: The file.
+        guard: Name of the guard.
+        rows: What was asked about, with ``row`` and ``trace_id``.
+        verdicts: The answers.
+    """
+    columns = {
+        "row": [row["row"] for row in rows],
+        "trace_id": [row["trace_id"] for row in rows],
+        "guard": [guard] * len(rows),
+        "verdict": [verdict.outcome for verdict in verdicts],
+        "categories": [list(verdict.categories) for verdict in verdicts],
+        "refused": [verdict.refused for verdict in verdicts],
+        "answer": [verdict.reason for verdict in verdicts],
+        "cut_tokens": [verdict.cut_tokens for verdict in verdicts],
+    }
+    write_parquet(path, pa.table(columns, schema=tables.GUARD))
+    return {"rows": len(rows), "cut": sum(verdict.cut_tokens > 0 for verdict in verdicts)}
 
 
 def _judgeable(context: Context, model: str) -> list[int]:

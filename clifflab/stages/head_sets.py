@@ -5,7 +5,7 @@ Shape suffixes: N traces of one role and half, S sets of heads, R readings (the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 
 from clifflab.artifacts import read_json, write_json, write_safetensors
 from clifflab.config import Study
-from clifflab.science.effects import Paired, best_first, top_count
+from clifflab.science.effects import top_count
 from clifflab.stages.base import Context, Layout, Step, Unit
+from clifflab.stages.head_greedy import greedy_search
 from clifflab.stages.head_joint import Joint, joint_figures
-from clifflab.stages.head_plan import Heads, dose_fractions, joint, planned_sets
+from clifflab.stages.head_plan import Heads, dose_fractions, planned_sets
 from clifflab.stages.head_units import (
     INPUTS,
     RANKING,
@@ -36,8 +37,6 @@ from clifflab.stages.head_units import (
 from clifflab.sweep import Positions, SweepTrace, sweep
 
 _GREEDY = "greedy"
-_STARTS = 4  # candidates behind which all heads are swept again
-_PARTNERS = 8  # best pairs whose heads the greedy search tries further on
 
 
 class HeadSetsStep(Step):
@@ -74,79 +73,31 @@ class HeadSetsStep(Step):
             return self._greedy(context, unit, tools)
         sets = plan.sets(unit.payload["role"], unit.payload["half"])
         traces = shard_traces(context, unit)
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             positions: _effects(context, tools, traces, sets, positions) for positions in context.study.heads.positions
         }
-        write_safetensors(
-            context.part(unit),
-            {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
-            {},
-        )
+        _write(context, unit, tensors)
         return {"rows": len(traces), "sets": len(sets), "tokens": sum(len(trace.ids) for trace in traces)}
 
     def _greedy(self, context: Context, unit: Unit, tools: Tools) -> dict[str, Any]:
-        """Find the best pair of a candidate and any swept head, then add heads that raise the log-odds most.
-
-        A head that another one stands in for shows when that one is gone: behind each of the first candidates all heads
-        are swept again. Choices are made on the ranking half; the sets on the way are then removed on the other.
-        """
         assert unit.model is not None
-        plan, chosen, settings = (
-            planned_sets(context, unit.model),
-            chosen_traces(context, unit.model),
-            context.study.heads,
-        )
-        positions = settings.positions[0]
+        plan, chosen = planned_sets(context, unit.model), chosen_traces(context, unit.model)
+        traces = {
+            half: sweep_traces(context, unit.model, chosen.rows["attacked", half]) for half in (RANKING, REPORTING)
+        }
+        positions = context.study.heads.positions[0]
         total = sum(layer.heads for layer in tools.heads.layers)
-        limit = max(
-            2, min(len(plan.candidates), max(2, *(top_count(share, total) for share in dose_fractions(context))))
+        most = max(top_count(share, total) for share in dose_fractions(context))
+        tensors = greedy_search(
+            lambda half, sets: _effects(context, tools, traces[half], sets, positions),
+            chosen.clusters["attacked", RANKING],
+            plan.candidates,
+            plan.swept,
+            limit=max(2, min(len(plan.candidates), most)),
         )
-        halves = {half: chosen.rows["attacked", half] for half in (RANKING, REPORTING)}
-        traces = {half: sweep_traces(context, unit.model, rows) for half, rows in halves.items()}
-        path: list[Heads] = []
-        found: list[npt.NDArray[np.float32]] = []
-
-        def step(tried: Sequence[Heads]) -> list[int]:
-            """Remove each set, go on with the best one where it raises the log-odds; the sets' places, best first."""
-            effects_NSR = _effects(context, tools, traces[RANKING], tried, positions)
-            means = Paired.of(effects_NSR[..., 1].astype(np.float64), chosen.clusters["attacked", RANKING]).mean
-            order = best_first(means)
-            if not path or means[order[0]] > reached[-1]:
-                reached.append(float(means[order[0]]))
-                path.append(tried[order[0]])
-                found.append(effects_NSR[:, order[0]])
-            return order
-
-        reached: list[float] = []
-        starts, pool = plan.candidates[:_STARTS], plan.swept
-        pairs = list(dict.fromkeys(joint((start, head)) for start in starts for head in pool if head != start))
-        places = step(pairs) if pairs else []
-        pair = path[0] if pairs else starts[:1]  # a model of one head has no pairs
-        partners = [head for place in places[:_PARTNERS] for head in pairs[place]]
-        path, found, reached = [], [], []
-        step([(head,) for head in pair])
-        if pairs:
-            step([pair])
-        rest = list(dict.fromkeys([*plan.candidates, *partners]))
-        while 2 <= len(path) < limit:
-            have = path[-1]
-            tried = [joint((*have, head)) for head in rest if head not in have]
-            if not tried or (step(tried) and path[-1] == have):
-                break
-        tensors = {RANKING: np.stack(found, 1), REPORTING: _effects(context, tools, traces[REPORTING], path, positions)}
-        parts = [*((head,) for head in pair), pair]
-        for half in (RANKING, REPORTING):
-            tensors[f"pair.{half}"] = _effects(context, tools, traces[half], parts, positions)
-        tensors["pair"] = np.asarray(pair, dtype=np.int32)
-        order = [next(head for head in new if head not in old) for old, new in zip([(), *path], path, strict=False)]
-        tensors["order"] = np.asarray(order, dtype=np.int32)
-        write_safetensors(
-            context.part(unit),
-            {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
-            {},
-        )
+        _write(context, unit, tensors)
         every = [*traces[RANKING], *traces[REPORTING]]
-        return {"rows": len(every), "heads": len(path), "tokens": sum(len(trace.ids) for trace in every)}
+        return {"rows": len(every), "heads": len(tensors["order"]), "tokens": sum(len(trace.ids) for trace in every)}
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Join the shards; joint effects with intervals."""
@@ -163,6 +114,11 @@ class HeadSetsStep(Step):
         figures = joint_figures(found, context.study.heads.positions, parts[-1][1])
         write_json(out, figures)
         return {"sets": len(plan.sets("attacked", REPORTING))}
+
+
+def _write(context: Context, unit: Unit, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    write_safetensors(context.part(unit), tensors, {})
 
 
 def _effects(

@@ -172,12 +172,10 @@ def _batch(
         if not fired:
             raise InterventionError(f"the hook on the heads of layer {layer} never fired: nothing was changed there")
         if layer == last or layer in meter.layers:
-            read_RM = torch.full((rows, meter.width), torch.nan, dtype=torch.float64)
-            meter.read(layer, layer == last, states_RCD[:, -1], read_RM)
+            meter.read(layer, layer == last, states_RCD[:, -1], into_RM[:rows])
             mine = [k for k, at in enumerate(meter.layers) if at == layer] + [meter.width - 1] * (layer == last)
-            if not torch.isfinite(read_RM[:, mine]).all():
+            if not torch.isfinite(into_RM[:rows, mine]).all():
                 raise not_finite(loaded, "readings after a change of heads")
-            into_RM[:rows, mine] = read_RM[:, mine]
     below = torch.tensor([[at < low for at in meter.layers] + [False] for low in lowest], dtype=torch.bool)
     into_RM[extra:][below] = torch.nan  # a direction below all heads of a set
     got = into_RM.numpy()
@@ -195,8 +193,8 @@ def _rows(loaded: LoadedModel, heads: HeadMap, base: CleanPass, total: int, budg
         per_row += 16 * max(layer.heads for layer in heads.layers) * base.tokens * total
     device = base.entering[0].device
     if not budget_mb:
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 4 << 30
-        budget_mb = memory >> 23  # an eighth of the device
+        cuda = device.type == "cuda"
+        budget_mb = torch.cuda.get_device_properties(device).total_memory // 8 >> 20 if cuda else 512
     rows = max(1, (budget_mb << 20) // per_row - 1)
     if device.type == "cpu":
         rows = min(rows, max(1, _CPU_TOKENS // base.tokens))
