@@ -20,6 +20,8 @@ PROMPTS = pa.schema(
         ("existing", pa.bool_()),
         ("thinking", pa.string()),
         ("response", pa.string()),
+        ("category", pa.string()),
+        ("target", pa.string()),
     ]
 )
 
@@ -277,5 +279,73 @@ ABLATION_PERPLEXITY = pa.schema(
         ("draw", pa.int32()),
         ("tokens", pa.int32()),
         ("nll", pa.float64()),
+    ]
+)
+
+SELECTION = pa.schema(
+    [
+        ("selector", pa.string()),
+        ("role", pa.string()),
+        ("rank", pa.int32()),
+        ("model", pa.string()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("category", pa.string()),
+        ("outcome", pa.string()),
+        ("filled", pa.bool_()),
+        ("thinking_tokens", pa.int32()),
+        ("plateau", pa.float32()),
+        ("plateau_max", pa.float32()),
+        ("final", pa.float32()),
+        ("cliff", pa.float32()),
+        ("misalignment", pa.float32()),
+        ("misalignment_logit", pa.float32()),
+    ]
+)
+
+EVALUATION = pa.schema(
+    [
+        ("model", pa.string()),
+        ("before", pa.string()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("sample", pa.int32()),
+        ("group", pa.string()),
+        ("cluster", pa.string()),
+        ("outcome_before", pa.string()),
+        ("outcome_after", pa.string()),
+        ("harm_before", pa.string()),
+        ("harm_after", pa.string()),
+        ("cliff_before", pa.float32()),
+        ("cliff_after_old_probe", pa.float32()),
+        ("cliff_after_own_probe", pa.float32()),
+    ]
+)
+
+CURVE = pa.schema(
+    [
+        ("model", pa.string()),
+        ("selector", pa.string()),
+        ("budget", pa.int32()),
+        ("seed", pa.int32()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("traces", pa.int32()),
+        ("refused", pa.int32()),
+        ("complied", pa.int32()),
+        ("unclosed", pa.int32()),
+        ("degenerate", pa.int32()),
+        ("harmful_examples", pa.int32()),
+        ("benign_examples", pa.int32()),
+        ("filled", pa.int32()),
+        ("cliff_examples", pa.int32()),
+        ("steps", pa.int32()),
+        ("tokens", pa.int64()),
+        ("perplexity", pa.float64()),
     ]
 )

@@ -25,6 +25,10 @@ from clifflab.config.measuring import JudgeConfig as JudgeConfig
 from clifflab.config.measuring import ProbeConfig as ProbeConfig
 from clifflab.config.measuring import TracesConfig as TracesConfig
 from clifflab.config.measuring import TruncationConfig as TruncationConfig
+from clifflab.config.repair import RepairConfig as RepairConfig
+from clifflab.config.repair import SelectConfig as SelectConfig
+from clifflab.config.repair import TargetsConfig as TargetsConfig
+from clifflab.config.repair import TuneConfig as TuneConfig
 
 
 class ReportConfig(Section):
@@ -77,6 +81,7 @@ class Study(Section):
     cliff: CliffConfig = CliffConfig()
     heads: HeadsConfig = HeadsConfig()
     ablation: AblationConfig = AblationConfig()
+    repair: RepairConfig = RepairConfig()
     report: ReportConfig = ReportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -100,11 +105,29 @@ class Study(Section):
     @model_validator(mode="after")
     def _known_sets(self) -> Study:
         names = [prompt_set.name for prompt_set in self.prompts]
-        named = {"heads.attacked": self.heads.attacked, "heads.plain": self.heads.plain}
-        for field, given in {**named, "ablation.sets": self.ablation.sets}.items():
+        if unlabelled := next((p.name for p in self.prompts if p.label == "unlabelled"), None):
+            raise ValueError(f"prompts: {unlabelled!r} has no label; only a corpus (repair.corpus) goes without")
+        named = {
+            "heads.attacked": self.heads.attacked,
+            "heads.plain": self.heads.plain,
+            "ablation.sets": self.ablation.sets,
+            "repair.curve.sets": self.repair.curve.sets,
+            **{f"repair.evaluate.pools.{pool}": sets for pool, sets in self.repair.evaluate.pools.items()},
+        }
+        for field, given in named.items():
             unknown = [name for name in given if name not in names]
             if unknown:
                 raise ValueError(f"{field}: no set is called {unknown[0]!r}; give some of {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_models(self) -> Study:
+        names = [model.name for model in self.models]
+        if unknown := next((name for name in self.repair.models if name not in names), None):
+            raise ValueError(f"repair.models: no model is called {unknown!r}; give some of {', '.join(names)}")
+        for place, model in enumerate(self.models):
+            if model.before is not None and model.before not in names[:place]:
+                raise ValueError(f"models: {model.name!r} is compared with {model.before!r}, which must come before it")
         return self
 
     def model(self, name: str) -> ModelSpec:

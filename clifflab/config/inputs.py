@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from clifflab.config.base import Section, Slug, slug
 from clifflab.text.formats import FORMATS
 
-COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response")
+COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response", "category", "target")
+REPAIRED = "repair:"  # an adapter that this study makes
 
 
 class ModelSpec(Section):
@@ -24,6 +25,9 @@ class ModelSpec(Section):
         thinking_format: How the model writes its thinking; ``auto`` reads it off the chat template.
         system: System message put before every prompt that has none.
         trust_remote_code: Run code that comes with the checkpoint.
+        adapter: Folder of a PEFT adapter that is merged into it, or ``repair:MODEL`` for what this study's repair of
+            another model makes.
+        before: Name of the model that it is compared with, before and after.
     """
 
     name: Slug
@@ -33,8 +37,15 @@ class ModelSpec(Section):
     thinking_format: str = "auto"
     system: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = Field(default=None, min_length=1)
+    before: str | None = None
 
     _check_name = field_validator("name")(slug)
+
+    @property
+    def repairs(self) -> str | None:
+        """Name of the model whose repair makes this one."""
+        return self.adapter.removeprefix(REPAIRED) if self.adapter and self.adapter.startswith(REPAIRED) else None
 
     @field_validator("thinking_format")
     @classmethod
@@ -51,7 +62,8 @@ class PromptSet(Section):
         name: The set's name in every table.
         path: JSONL, JSON, CSV or Parquet file, a folder of a saved Hugging Face dataset, ``hf:NAME[:SPLIT]``, or
             ``organism:SET`` for a set of the planted-cliff language.
-        label: Whether the set's requests are harmful; a ``label`` column overrides it row by row.
+        label: Whether the set's requests are harmful; a ``label`` column overrides it row by row. A corpus may be
+            ``unlabelled``.
         limit: Use the first rows only.
         columns: Which column plays which role, where names differ from the usual ones.
         existing: Rows hold finished traces (``thinking`` and ``response``, or ``<think>`` inline) that are measured
@@ -62,7 +74,7 @@ class PromptSet(Section):
 
     name: Slug
     path: str = Field(min_length=1)
-    label: Literal["harmful", "benign"]
+    label: Literal["harmful", "benign", "unlabelled"]
     limit: int | None = Field(default=None, ge=1)
     columns: dict[str, str] = Field(default_factory=dict)
     existing: bool = False

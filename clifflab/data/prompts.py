@@ -102,6 +102,7 @@ def _prompt(spec: PromptSet, number: int, record: dict[str, Any]) -> dict[str, A
         "existing": spec.existing,
         "thinking": thinking,
         "response": response,
+        **{role: _text_or_none(record, spec, role) for role in ("category", "target")},
     }
 
 
@@ -182,6 +183,11 @@ def _label(spec: PromptSet, record: dict[str, Any]) -> str:
     if isinstance(value, str) and value.strip().lower() in ("harmful", "benign"):
         return value.strip().lower()
     raise TraceError("bad_label", f"{spec.columns['label']} is neither harmful nor benign")
+
+
+def _text_or_none(record: dict[str, Any], spec: PromptSet, role: str) -> str | None:
+    value = _optional(record, spec, role)
+    return None if value is None else _decodable(str(value), spec.columns.get(role, role))
 
 
 def _optional(record: dict[str, Any], spec: PromptSet, role: str) -> Any:
