@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from clifflab.config import JudgeConfig, Study
+from clifflab.config import JudgeConfig, ModelSpec, RepairConfig, Study
 from clifflab.errors import ConfigError, shorten
 
 
@@ -64,8 +64,9 @@ def parse_study(data: dict[str, Any], base: Path | None = None, data_dir: Path |
         return study
     folders = [base] if data_dir is None else [base, data_dir]
     prompts = tuple(p.model_copy(update={"path": _relative(p.path, *folders)}) for p in study.prompts)
-    models = tuple(m.model_copy(update={"path": _relative(m.path, base)}) for m in study.models)
-    return study.model_copy(update={"prompts": prompts, "models": models, "judge": _relative_judge(study.judge, base)})
+    models = tuple(_relative_model(m, base) for m in study.models)
+    judge, repair = _relative_judge(study.judge, base), _relative_repair(study.repair, folders)
+    return study.model_copy(update={"prompts": prompts, "models": models, "judge": judge, "repair": repair})
 
 
 def dump_study(study: Study) -> str:
@@ -77,6 +78,19 @@ def _relative(path: str, *folders: Path) -> str:
     """The path in the first folder that has it, else as it stands."""
     found = (folder / path for folder in folders if not Path(path).is_absolute())
     return next((str(candidate.resolve()) for candidate in found if candidate.exists()), path)
+
+
+def _relative_model(model: ModelSpec, base: Path) -> ModelSpec:
+    adapter = _relative(model.adapter, base) if model.adapter else None
+    return model.model_copy(update={"path": _relative(model.path, base), "adapter": adapter})
+
+
+def _relative_repair(repair: RepairConfig, folders: list[Path]) -> RepairConfig:
+    corpus = tuple(p.model_copy(update={"path": _relative(p.path, *folders)}) for p in repair.corpus)
+    choices = tuple(c.model_copy(update={"path": _relative(c.path, *folders)}) for c in repair.evaluate.choices)
+    return repair.model_copy(
+        update={"corpus": corpus, "evaluate": repair.evaluate.model_copy(update={"choices": choices})}
+    )
 
 
 def _relative_judge(judge: JudgeConfig, base: Path) -> JudgeConfig:

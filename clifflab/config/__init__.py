@@ -94,6 +94,9 @@ class Study(Section):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{field}: the name {twice[0]!r} is used twice; give each its own")
+        asked = {part.name for part in self.prompts}
+        if both := next((part.name for part in self.repair.corpus if part.name in asked), None):
+            raise ValueError(f"repair.corpus: {both!r} is a set of prompts too; give it another name")
         return self
 
     @model_validator(mode="after")
@@ -126,10 +129,20 @@ class Study(Section):
         if unknown := next((name for name in self.repair.models if name not in names), None):
             raise ValueError(f"repair.models: no model is called {unknown!r}; give some of {', '.join(names)}")
         for place, model in enumerate(self.models):
-            if model.before is not None and model.before not in names[:place]:
-                raise ValueError(f"models: {model.name!r} is compared with {model.before!r}, which must come before it")
+            for other in (model.before, model.repairs):
+                if other is not None and other not in names[:place]:
+                    raise ValueError(f"models: {model.name!r} follows from {other!r}, which must stand before it")
         return self
 
     def model(self, name: str) -> ModelSpec:
         """The model of that name."""
         return next(model for model in self.models if model.name == name)
+
+    def repairs(self, model: ModelSpec) -> bool:
+        """Whether examples are chosen for a model from the corpus."""
+        made = model.before is not None or model.adapter is not None
+        return bool(self.repair.corpus) and not made and model.name in (self.repair.models or [model.name])
+
+    def searches(self, model: ModelSpec) -> bool:
+        """Whether a model is searched for heads, and its thinking cut short."""
+        return model.repairs is None or self.repair.heads

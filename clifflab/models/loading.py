@@ -109,6 +109,8 @@ def resolve_spec(spec: ModelSpec) -> ModelSpec:
     if spec.dtype == "auto":
         updates["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
     path = Path(resolve_path(spec))
+    if spec.adapter and not spec.repairs:
+        check_adapter(Path(spec.adapter).expanduser())
     if path.is_file():
         gguf.check_file(spec.path, path)
     elif not path.is_dir():
@@ -125,16 +127,23 @@ def model_identity(spec: ModelSpec, file_hash: Callable[[Path], str]) -> dict[st
     """
     path = resolve_path(spec)
     how = spec.model_dump(include={"dtype", "thinking_format", "system", "trust_remote_code"})
+    if spec.adapter and not spec.repairs:
+        how["adapter"] = _folder_hash(Path(spec.adapter).expanduser(), file_hash)
     folder = Path(path)
     if folder.is_file():
         return {"gguf": file_hash(folder), "converter": gguf.converter(), **how}
     if not folder.is_dir():
         return {"hub": path, "revision": spec.revision, **how}
+    return {"sha256": _folder_hash(folder, file_hash), **how}
+
+
+def _folder_hash(folder: Path, file_hash: Callable[[Path], str]) -> str:
+    """Hash of the files that a checkpoint is loaded from."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _SUFFIXES and file.name != "ground_truth.json":
             digest.update(f"{file.name}:{file_hash(file)}:".encode())
-    return {"sha256": digest.hexdigest(), **how}
+    return digest.hexdigest()
 
 
 def load(spec: ModelSpec) -> LoadedModel:
@@ -182,6 +191,10 @@ def _load(spec: ModelSpec, find_format: Callable[[Any], ThinkingFormat]) -> Load
         raise InputError(
             "models.path", spec.path, problem, "give a folder or hub id of a safetensors checkpoint"
         ) from error
+    if spec.adapter:
+        from clifflab.tuning.adapter import merge_adapter
+
+        model = merge_adapter(model, Path(spec.adapter).expanduser(), spec)
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     return LoadedModel(
         spec=spec,
@@ -217,6 +230,18 @@ def load_tokenizer(path: str, options: dict[str, Any]) -> Any:
     if own and not remote_code:
         return PreTrainedTokenizerFast.from_pretrained(path, revision=options["revision"])
     return AutoTokenizer.from_pretrained(path, **options)
+
+
+def check_adapter(folder: Path) -> None:
+    """Fail early where a folder holds no adapter that can be loaded.
+
+    Raises:
+        InputError: Says what is missing.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            remedy = "give the folder of a PEFT adapter saved as safetensors"
+            raise InputError("models.adapter", folder, f"holds no {name}", remedy)
 
 
 def find_blocks(model: Any, name: str) -> nn.ModuleList:

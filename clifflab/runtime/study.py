@@ -23,16 +23,16 @@ from clifflab.artifacts import (
     write_json,
     write_text,
 )
-from clifflab.config import ModelSpec, Study
-from clifflab.data.files import check_source
-from clifflab.data.labels import read_labels
-from clifflab.engines.guard import resolve_guard
-from clifflab.errors import InputError, OutputError
-from clifflab.models.loading import fetch, load_renderer, resolve_spec
+from clifflab.config import Study
+from clifflab.errors import OutputError
+from clifflab.models.loading import fetch
 from clifflab.runtime.events import EventLog
+from clifflab.runtime.prepare import check_format
+from clifflab.runtime.prepare import prepare as prepare
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.runtime.work import Job, Result
 from clifflab.stages import STEPS, Context, Identities
+from clifflab.stages.base import Pair, ordered, upstream
 from clifflab.studyfile import dump_study
 
 
@@ -98,7 +98,7 @@ def run(
             for index, spec in enumerate(context.study.models):  # once, here, before several workers want it
                 fetch(spec, reporter.note)
                 if ("traces", spec.name) in todo:
-                    _check_format(index, spec)
+                    check_format(index, spec)
             (root / "manifest.json").unlink(missing_ok=True)
             for name, model in todo:  # what is about to be computed anew, or follows from it, is no longer whole
                 context.layout.manifest(name, model).unlink(missing_ok=True)
@@ -115,35 +115,6 @@ def run(
     return StudyResult(root, metrics, warnings)
 
 
-def prepare(study: Study) -> Study:
-    """Check cheaply everything that a study names, and settle what depends on this machine and moment.
-
-    Raises:
-        InputError: A prompt source, a model, a guard or the judges' labels are not there.
-    """
-    for index, prompt_set in enumerate(study.prompts):
-        check_source(f"prompts.{index}.path", prompt_set.path)
-    if study.judge.labels:
-        read_labels(study.judge.labels, field="judge.labels")
-    guard = resolve_guard(study.judge.guard) if study.judge.guard else None
-    return study.model_copy(
-        update={
-            "models": tuple(resolve_spec(model) for model in study.models),
-            "judge": study.judge.model_copy(update={"guard": guard}),
-        }
-    )
-
-
-def _check_format(index: int, spec: ModelSpec) -> None:
-    """Fail before the first trace where a model's template and thinking format contradict each other."""
-    try:
-        load_renderer(spec)
-    except InputError as error:
-        if error.field != "thinking_format":
-            raise
-        raise InputError(f"models.{index}.thinking_format", error.value, error.problem, error.remedy) from None
-
-
 def identify(study: Study, root: Path) -> Context:
     """The driver's context of a prepared study: its fingerprints are computed here and nowhere else."""
     hashes = HashCache(root / ".steps" / "hashes.json")
@@ -153,25 +124,21 @@ def identify(study: Study, root: Path) -> Context:
     return context
 
 
-def plan(context: Context) -> list[tuple[str, str | None]]:
+def plan(context: Context) -> list[Pair]:
     """The steps to run, in order: ``(step, model)``; models one after the other.
 
     These are the steps that are not whole, and all that follow from them.
     """
-    pairs: list[tuple[str, str | None]] = [(name, None) for name, step in STEPS.items() if not step.per_model]
-    first, last = pairs[:-1], pairs[-1:]
-    per_model = [(name, m.name) for m in context.study.models for name, step in STEPS.items() if step.per_model]
-    missing: set[tuple[str, str | None]] = set()
-    for name, model in (*first, *per_model, *last):
-        models = [m.name for m in context.study.models] if model is None else [model]
-        upstream = {(i, m if STEPS[i].per_model else None) for i in STEPS[name].inputs for m in models}
-        stale = {pair for pair in upstream & missing if not STEPS[pair[0]].transient}
+    pairs, missing = ordered(context.study, STEPS), set[Pair]()
+    for name, model in pairs:
+        reads = upstream(context.study, STEPS, name, model)
+        stale = any(pair in missing and not STEPS[pair[0]].transient for pair in reads)
         if stale or not _whole(context, name, model):
             missing.add((name, model))
-    return [pair for pair in (*first, *per_model, *last) if pair in missing and _needed(pair, missing)]
+    return [pair for pair in pairs if pair in missing and _needed(pair, missing)]
 
 
-def _needed(pair: tuple[str, str | None], missing: set[tuple[str, str | None]]) -> bool:
+def _needed(pair: Pair, missing: set[Pair]) -> bool:
     """A transient step runs only for a step that is missing."""
     name, model = pair
     return not STEPS[name].transient or any((reader, model) in missing for reader in _readers(name))
@@ -181,9 +148,7 @@ def _readers(name: str) -> list[str]:
     return [step.name for step in STEPS.values() if name in step.inputs]
 
 
-def _carry_out(
-    context: Context, todo: list[tuple[str, str | None]], runtime: Runtime, log: EventLog, reporter: Reporter
-) -> None:
+def _carry_out(context: Context, todo: list[Pair], runtime: Runtime, log: EventLog, reporter: Reporter) -> None:
     try:
         log.write("workers", count=runtime.workers)
         for name, model in todo:
@@ -239,7 +204,7 @@ def _finish_step(context: Context, name: str, model: str | None, counts: dict[st
         shutil.rmtree(layout.all_parts(finished, model), ignore_errors=True)
 
 
-def _sweep(context: Context, todo: list[tuple[str, str | None]]) -> None:
+def _sweep(context: Context, todo: list[Pair]) -> None:
     """Remove what a killed run left: temporary files, and unit files of steps that will not run."""
     root = context.layout.root
     for path in root.rglob(".*.tmp"):
@@ -274,9 +239,7 @@ def _start(kind: str, context: Context) -> Runtime:
 def _manifest(context: Context) -> dict[str, Any]:
     """Everything that a result can be traced to, as it was when each step was computed. Written last."""
     study, identities = context.study, context.identities
-    pairs = [
-        (n, m) for n, step in STEPS.items() for m in ([x.name for x in study.models] if step.per_model else [None])
-    ]
+    pairs = ordered(study, STEPS)
     read = {f"{m or '_study'}/{n}": read_json(context.layout.manifest(n, m)) for n, m in pairs}
     steps = {name: manifest for name, manifest in read.items() if manifest}
     return {

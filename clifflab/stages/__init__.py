@@ -2,6 +2,7 @@
 
 from clifflab.stages.ablated import AblatedStep
 from clifflab.stages.ablation import AblationStep
+from clifflab.stages.base import CORPUS
 from clifflab.stages.base import Context as Context
 from clifflab.stages.base import Identities as Identities
 from clifflab.stages.base import Layout as Layout
@@ -10,6 +11,8 @@ from clifflab.stages.base import Unit as Unit
 from clifflab.stages.capture import CaptureStep
 from clifflab.stages.cliff import CliffStep
 from clifflab.stages.controls import ControlsStep
+from clifflab.stages.corpus import CorpusStep
+from clifflab.stages.corpus_cliff import CorpusCliffStep
 from clifflab.stages.duplicates import DuplicatesStep
 from clifflab.stages.guard import GuardStep
 from clifflab.stages.head_estimates import HeadEstimatesStep
@@ -38,6 +41,11 @@ _ORDER = (
     HeadSetsStep(),
     AblatedStep(),
     AblationStep(),
+    CorpusStep(),
+    TracesStep(CORPUS),
+    JudgeStep(CORPUS),
+    GuardStep(CORPUS),
+    CorpusCliffStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}

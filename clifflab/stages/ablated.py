@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from clifflab import tables
 from clifflab.artifacts import read_parquet, write_json, write_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.engines import Completion, Request, TransformersEngine, row_seed
 from clifflab.models.heads import heads_of
 from clifflab.models.intervene import Intervention
@@ -36,6 +36,10 @@ class AblatedStep(Step):
 
     name = "ablated"
     inputs = ("prompts", "duplicates", "traces", "judge", "heads")
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """The experiment, and the sampling of the study."""

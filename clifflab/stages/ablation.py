@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from clifflab import tables
 from clifflab.artifacts import read_json, read_parquet, write_json, write_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.engines.guard import guard_identity
 from clifflab.science.judges import Exchange
 from clifflab.stages.ablation_figures import ablation_figures
@@ -29,6 +29,10 @@ class AblationStep(Step):
 
     name = "ablation"
     inputs = ("prompts", "duplicates", "traces", "guard", "ablated")
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """How the guard is asked, and the resamples of the intervals."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clifflab.artifacts import code_version, fingerprint, package_versions, read_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.data.files import source_hash
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from clifflab.models.loading import LoadedModel
 
 T = TypeVar("T")
+CORPUS, REPAIR = "corpus", "repair"  # folders of a model's results
+Pair = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Layout:
 
     root: Path
 
-    def folder(self, model: str | None) -> Path:
-        """Folder of a model's results, or of the study's own."""
-        return self.root / model if model else self.root
+    def folder(self, model: str | None, branch: str = "") -> Path:
+        """Folder of a model's results, or of the study's own; of those on a corpus, in a branch."""
+        own = self.root / model if model else self.root
+        return own / branch if branch else own
 
     def all_parts(self, step: str, model: str | None) -> Path:
         """Folder of a step's unit files, whatever their fingerprint."""
@@ -76,7 +79,7 @@ class Identities:
         reads: What else each step reads, by content (see :meth:`Step.reads`).
     """
 
-    steps: dict[tuple[str, str | None], str]
+    steps: dict[Pair, str]
     models: dict[str, dict[str, Any]]
     sources: list[str]
     reads: dict[str, Any] = field(default_factory=dict)
@@ -86,29 +89,31 @@ class Identities:
         """Fingerprint a resolved study: settings, inputs, models, seed, code and the packages behind the numbers."""
         from clifflab.models.loading import model_identity
 
-        models = {model.name: {"name": model.name, **model_identity(model, file_hash)} for model in study.models}
+        models: dict[str, dict[str, Any]] = {}
         sources = [source_hash(prompt_set.path) for prompt_set in study.prompts]
         reads = {name: read for name, step in steps.items() if (read := step.reads(study, file_hash)) is not None}
-        found: dict[tuple[str, str | None], str] = {}
-        for name, step in steps.items():
-            for model in models if step.per_model else [None]:
-                read_from = list(models) if model is None else [model]
-                inputs = {
-                    f"{i}:{m}": found[i, m] for i in step.inputs for m in (read_from if steps[i].per_model else [None])
+        found: dict[Pair, str] = {}
+        for name, model in ordered(study, steps):
+            step = steps[name]
+            if model and model not in models:
+                spec = study.model(model)
+                models[model] = {"name": model, **model_identity(spec, file_hash)}
+                if spec.repairs:
+                    models[model]["adapter"] = found["tune", spec.repairs]
+            inputs = {f"{i}:{m}": found[i, m] for i, m in upstream(study, steps, name, model)}
+            found[name, model] = fingerprint(
+                {
+                    "step": name,
+                    "model": models[model] if model else None,
+                    "settings": step.settings(study),
+                    "seed": study.seed,
+                    "inputs": inputs,
+                    "sources": None if inputs else sources,
+                    "reads": reads.get(name),
+                    "code": code_version(),
+                    "packages": package_versions(),
                 }
-                found[name, model] = fingerprint(
-                    {
-                        "step": name,
-                        "model": models[model] if model else None,
-                        "settings": step.settings(study),
-                        "seed": study.seed,
-                        "inputs": inputs,
-                        "sources": None if inputs else sources,
-                        "reads": reads.get(name),
-                        "code": code_version(),
-                        "packages": package_versions(),
-                    }
-                )
+            )
         return cls(found, models, sources, reads)
 
 
@@ -131,7 +136,17 @@ class Context:
         """The model, loaded once; whatever else this worker held before is let go."""
         from clifflab.models.loading import load
 
-        return self._hold(model, lambda: load(self.study.model(model)))
+        return self._hold(model, lambda: load(self.spec(model)))
+
+    def spec(self, model: str) -> ModelSpec:
+        """The model's configuration, with the place of what this study's repair makes."""
+        spec = self.study.model(model)
+        if spec.repairs is None:
+            return spec
+        made = self.layout.folder(spec.repairs, REPAIR)
+        if self.study.repair.tune.method == "full":
+            return spec.model_copy(update={"path": str(made / "model"), "adapter": None})
+        return spec.model_copy(update={"adapter": str(made / "adapter")})
 
     def guard(self) -> GuardJudge:
         """The study's guard, loaded once; the studied model is let go."""
@@ -183,6 +198,8 @@ class Step(ABC):
         inputs: Names of the steps whose results it reads.
         suffix: File suffix of a unit's result.
         transient: Its unit files are its result; they are deleted when every step that reads them is whole.
+        gang: Each of its units is done by a group of workers together, and not by one of many.
+        compares: It reads the results of the model before (``ModelSpec.before``) too.
     """
 
     name: str
@@ -190,6 +207,12 @@ class Step(ABC):
     inputs: tuple[str, ...] = ()
     suffix: str = ".parquet"
     transient: bool = False
+    gang: bool = False
+    compares: bool = False
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Whether a study has this step for this model (``None``: at all, for a step of the whole study)."""
+        return True
 
     @abstractmethod
     def settings(self, study: Study) -> Any:
@@ -222,3 +245,38 @@ def chunks(total: int, size: int, step: str, model: str | None) -> list[Unit]:
         Unit(step, model, f"{number:06d}", {"start": start, "stop": min(start + size, total)})
         for number, start in enumerate(range(0, total, size))
     ]
+
+
+def ordered(study: Study, steps: Mapping[str, Step]) -> list[Pair]:
+    """All steps of a study as ``(step, model)``, each after those that it reads.
+
+    The steps of the whole study come first, then model after model, and the report last.
+    """
+    own = [(name, None) for name, step in steps.items() if not step.per_model and step.applies(study, None)]
+    mine: list[Pair] = [
+        (name, model.name)
+        for model in study.models
+        for name, step in steps.items()
+        if step.per_model and step.applies(study, model)
+    ]
+    return [*own[:-1], *mine, *own[-1:]]
+
+
+def upstream(study: Study, steps: Mapping[str, Step], name: str, model: str | None) -> list[Pair]:
+    """What a step reads: its inputs, of its own model or of all; and where it compares, of the model before too.
+
+    A model that is made by the repair of another one comes after that.
+    """
+    spec = study.model(model) if model else None
+    models = [*study.models] if spec is None else [spec]
+    if spec and spec.before and steps[name].compares:
+        models.append(study.model(spec.before))
+    found: list[Pair] = []
+    for i in steps[name].inputs:
+        if not steps[i].per_model:
+            found += [(i, None)] if steps[i].applies(study, None) else []
+        else:
+            found += [(i, m.name) for m in models if steps[i].applies(study, m)]
+    if spec and spec.repairs:
+        found.append(("tune", spec.repairs))
+    return found

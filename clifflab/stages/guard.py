@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from clifflab import tables
 from clifflab.artifacts import read_parquet, write_json, write_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.data.files import source_hash
 from clifflab.data.labels import Labels, read_labels
 from clifflab.engines.guard import guard_identity, guard_name
@@ -28,20 +28,30 @@ class GuardStep(Step):
 
     Where labels are configured too, the guard reads the labelled responses in units of their own, and
     ``agreement.json`` says how well each judge agrees with them.
+
+    Args:
+        branch: Whose traces: those of the study, or those of its ``corpus``, without labels.
     """
 
-    name = "guard"
-    inputs = ("prompts", "traces", "judge")
+    def __init__(self, branch: str = "") -> None:
+        self.branch = branch
+        prefix = f"{branch}_" if branch else ""
+        self.name = f"{prefix}guard"
+        self.inputs = (branch or "prompts", f"{prefix}traces", f"{prefix}judge")
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """A corpus is judged where its traces are wanted."""
+        return not self.branch or (model is not None and study.repairs(model))
 
     def settings(self, study: Study) -> Any:
         """How the guard is asked; what it is, is in :meth:`reads`."""
         guard = study.judge.guard
         how = guard.model_dump(mode="json", exclude={"path", "revision", "template"}) if guard else None
-        return {"guard": how, "labels": bool(study.judge.labels)}
+        return {"guard": how, "labels": bool(study.judge.labels) and not self.branch}
 
     def reads(self, study: Study, file_hash: Callable[[Path], str]) -> Any:
         """The guard's files and the labels, by content."""
-        guard, labels = study.judge.guard, study.judge.labels
+        guard, labels = study.judge.guard, study.judge.labels if not self.branch else None
         if not guard and not labels:
             return None
         return {
@@ -51,7 +61,8 @@ class GuardStep(Step):
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """The guard's verdicts, and the judges' agreement with labels."""
-        return [layout.folder(model) / "guard.parquet", layout.folder(model) / "agreement.json"]
+        verdicts = layout.folder(model, self.branch) / "guard.parquet"
+        return [verdicts] if self.branch else [verdicts, layout.folder(model) / "agreement.json"]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """Batches of judgeable traces, then of labelled responses; none without a guard."""
@@ -59,8 +70,8 @@ class GuardStep(Step):
         guard = context.study.judge.guard
         if not guard:
             return []
-        units = chunks(len(_judgeable(context, model)), guard.batch_size, self.name, model)
-        labels = _labels(context)
+        units = chunks(len(_judgeable(context, model, self.branch)), guard.batch_size, self.name, model)
+        labels = None if self.branch else _labels(context)
         if labels:
             units += [
                 Unit(self.name, model, f"{_LABELS}-{unit.key}", {**unit.payload, _LABELS: True})
@@ -80,9 +91,9 @@ class GuardStep(Step):
                 for row in range(start, stop)
             ]
         else:
-            table = context.table(context.layout.folder(unit.model) / "traces.parquet")
+            table = context.table(context.layout.folder(unit.model, self.branch) / "traces.parquet")
             columns = ["row", "trace_id", "prompt", "response", "thinking"]
-            chosen = pa.array(_judgeable(context, unit.model)[start:stop], pa.int64())
+            chosen = pa.array(_judgeable(context, unit.model, self.branch)[start:stop], pa.int64())
             rows = [
                 {**row, "exchange": Exchange(row["prompt"], row["response"], row["thinking"])}
                 for row in table.select(columns).take(chosen).to_pylist()
@@ -98,9 +109,10 @@ class GuardStep(Step):
         for unit in units:
             parts[bool(unit.payload.get(_LABELS))].append(read_parquet(context.part(unit)))
         traces, labelled = pa.concat_tables(parts[False]), pa.concat_tables(parts[True])
-        out, out_agreement = self.outputs(context.layout, model)
+        out, *agreement = self.outputs(context.layout, model)
         write_parquet(out, traces)
-        write_json(out_agreement, _agreements(context, labelled))
+        for path in agreement:
+            write_json(path, _agreements(context, labelled))
         unreadable = pc.sum(pc.equal(traces["verdict"], "unreadable")).as_py() or 0
         cut = pc.sum(pc.greater(traces["cut_tokens"], 0)).as_py() or 0
         return {"judged": traces.num_rows, "unreadable": unreadable, "cut": cut}
@@ -131,16 +143,16 @@ def write_verdicts(
     return {"rows": len(rows), "cut": sum(verdict.cut_tokens > 0 for verdict in verdicts)}
 
 
-def _judgeable(context: Context, model: str) -> list[int]:
+def _judgeable(context: Context, model: str, branch: str) -> list[int]:
     """Indices of the traces that a guard can judge: the rule judge found them closed and not degenerate."""
-    path = context.layout.folder(model) / "outcomes.parquet"
+    path = context.layout.folder(model, branch) / "outcomes.parquet"
     outcomes = context.table(path)["outcome"]
 
     def choose() -> list[int]:
         judged = pc.is_in(outcomes, pa.array(["refused", "complied"]))
         return [int(i) for i in pc.indices_nonzero(judged).to_pylist()]
 
-    return context.once(f"judgeable:{model}", [path], choose)
+    return context.once(f"judgeable:{model}/{branch}", [path], choose)
 
 
 def _labels(context: Context) -> Labels | None:

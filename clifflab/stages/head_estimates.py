@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from clifflab.artifacts import write_safetensors
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.errors import InputError
 from clifflab.stages.base import Context, Layout, Step, Unit
 from clifflab.stages.head_units import INPUTS, chosen_traces, joined, shard_traces, sweep_tools, trace_shards
@@ -32,6 +32,10 @@ class HeadEstimatesStep(Step):
     name = "head_estimates"
     inputs = INPUTS
     suffix = ".safetensors"
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """Traces, intervention and positions."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from clifflab.artifacts import read_json, write_json, write_safetensors
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.science.effects import top_count
 from clifflab.stages.base import Context, Layout, Step, Unit
 from clifflab.stages.head_greedy import greedy_search
@@ -45,6 +45,10 @@ class HeadSetsStep(Step):
     name = "head_sets"
     inputs = (*INPUTS, "heads")
     suffix = ".safetensors"
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """The search, and the fractions of the ablation."""

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from clifflab import tables
 from clifflab.artifacts import write_json, write_parquet, write_safetensors
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.errors import InputError
 from clifflab.models.heads import Head
 from clifflab.science.effects import Paired, best_first, top_count
@@ -44,6 +44,10 @@ class HeadsStep(Step):
     name = "heads"
     inputs = (*INPUTS, "head_estimates")
     suffix = ".safetensors"
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """The search; what joint removal alone needs is left out."""

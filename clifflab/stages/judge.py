@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from clifflab import tables
 from clifflab.artifacts import read_parquet, write_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.science.judges import Exchange, RuleJudge
 from clifflab.stages.base import Context, Layout, Step, Unit, chunks
 
@@ -18,10 +18,20 @@ _ROWS = 2048
 
 
 class JudgeStep(Step):
-    """The rule judge over all responses."""
+    """The rule judge over all responses.
 
-    name = "judge"
-    inputs = ("traces",)
+    Args:
+        branch: Whose traces: those of the study, or those of its ``corpus``.
+    """
+
+    def __init__(self, branch: str = "") -> None:
+        self.branch = branch
+        self.name = f"{branch}_judge" if branch else "judge"
+        self.inputs = (f"{branch}_traces" if branch else "traces",)
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """A corpus is judged where its traces are wanted."""
+        return not self.branch or (model is not None and study.repairs(model))
 
     def settings(self, study: Study) -> Any:
         """Which judge."""
@@ -29,17 +39,17 @@ class JudgeStep(Step):
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """Outcomes, row for row with the traces."""
-        return [layout.folder(model) / "outcomes.parquet"]
+        return [layout.folder(model, self.branch) / "outcomes.parquet"]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """Runs of consecutive traces."""
-        total = pq.read_metadata(context.layout.folder(model) / "traces.parquet").num_rows
+        total = pq.read_metadata(context.layout.folder(model, self.branch) / "traces.parquet").num_rows
         return chunks(total, _ROWS, self.name, model)
 
     def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
         """Judge one run of traces."""
         start, stop = unit.payload["start"], unit.payload["stop"]
-        traces = context.table(context.layout.folder(unit.model) / "traces.parquet")
+        traces = context.table(context.layout.folder(unit.model, self.branch) / "traces.parquet")
         rows = traces.select(["row", "trace_id", "response", "closed"]).slice(start, stop - start).to_pylist()
         judge = RuleJudge()
         verdicts = judge.judge([Exchange("", row["response"], closed=row["closed"]) for row in rows])

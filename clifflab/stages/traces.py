@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from clifflab import tables
 from clifflab.artifacts import read_parquet, write_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study, TracesConfig
 from clifflab.engines import Completion, Request, TransformersEngine, row_seed
 from clifflab.errors import TraceError
 from clifflab.models.loading import LoadedModel
@@ -22,30 +22,49 @@ from clifflab.text.spans import Spans
 
 
 class TracesStep(Step):
-    """Writes ``samples`` traces for every prompt; a unit is one batch, fixed by the study and not by the workers."""
+    """Writes ``samples`` traces for every prompt; a unit is one batch, fixed by the study and not by the workers.
 
-    name = "traces"
-    inputs = ("prompts",)
+    Args:
+        branch: Whose prompts: those of the study, or those of its ``corpus``, one trace each.
+    """
+
+    def __init__(self, branch: str = "") -> None:
+        self.branch = branch
+        self.name = f"{branch}_traces" if branch else "traces"
+        self.inputs = (branch or "prompts",)
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """A corpus is answered by the models that are repaired with it."""
+        return not self.branch or (model is not None and study.repairs(model))
 
     def settings(self, study: Study) -> Any:
         """Sampling."""
-        return study.traces.model_dump(mode="json")
+        return self._sampling(study).model_dump(mode="json")
+
+    def _sampling(self, study: Study) -> TracesConfig:
+        if not self.branch:
+            return study.traces
+        return study.traces.model_copy(update={"samples": 1, "batch_size": study.repair.batch_size})
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """Traces and the prompts that could not become one."""
-        return [layout.folder(model) / "traces.parquet", layout.folder(model) / "trace_rejects.parquet"]
+        folder = layout.folder(model, self.branch)
+        return [folder / "traces.parquet", folder / "trace_rejects.parquet"]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """Batches of consecutive (prompt, sample) rows."""
-        prompts = pq.read_metadata(context.layout.root / "prompts.parquet").num_rows
-        sampling = context.study.traces
+        prompts = pq.read_metadata(self._prompts(context)).num_rows
+        sampling = self._sampling(context.study)
         return chunks(prompts * sampling.samples, sampling.batch_size, self.name, model)
+
+    def _prompts(self, context: Context) -> Path:
+        return context.layout.root / f"{self.branch or 'prompts'}.parquet"
 
     def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
         """Generate or render one batch."""
         assert unit.model is not None
-        loaded, sampling = context.loaded(unit.model), context.study.traces
-        prompts = context.table(context.layout.root / "prompts.parquet")
+        loaded, sampling = context.loaded(unit.model), self._sampling(context.study)
+        prompts = context.table(self._prompts(context))
         wanted: list[tuple[int, int, dict[str, Any]]] = []
         for row in range(unit.payload["start"], unit.payload["stop"]):
             index, sample = divmod(row, sampling.samples)

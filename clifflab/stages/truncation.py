@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from clifflab import tables
 from clifflab.artifacts import read_json, read_parquet, write_json, write_parquet
-from clifflab.config import Study, TracesConfig
+from clifflab.config import ModelSpec, Study, TracesConfig
 from clifflab.engines import Request, TransformersEngine, row_seed
 from clifflab.models.loading import LoadedModel
 from clifflab.science.judges import Verdict, judge
@@ -36,6 +36,10 @@ class TruncationStep(Step):
 
     name = "truncation"
     inputs = ("prompts", "duplicates", "traces", "judge", "probe", "controls")
+
+    def applies(self, study: Study, model: ModelSpec | None) -> bool:
+        """Not to a model that a repair makes, unless the repair asks for it."""
+        return model is not None and study.searches(model)
 
     def settings(self, study: Study) -> Any:
         """The experiment, and the sampling of the study."""
