@@ -165,3 +165,15 @@ def test_errors(tmp_path: Path) -> None:
     half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     fails(half, "is not a whole Parquet file")
     fails(tmp_path, "is not a saved dataset")
+
+
+def test_the_planted_corpus_brings_its_labels_unless_they_are_to_be_hidden() -> None:
+    fields = {"name": "safety", "limit": 200, "seed": 3}
+    rows, rejects = read_prompts(spec("organism:corpus", **fields), "repair.corpus.0")
+    assert not rejects
+    assert {row["label"] for row in rows} == {"harmful", "benign"}
+    assert all(row["set"] == "safety" for row in rows)
+    assert {"plain", "borderline", "benign_lookalike"} <= {row["category"] for row in rows}
+    hidden, _ = read_prompts(spec("organism:corpus", label="unlabelled", **fields), "repair.corpus.0")
+    assert {row["label"] for row in hidden} == {"unlabelled"}
+    assert [row["messages"] for row in hidden] == [row["messages"] for row in rows]

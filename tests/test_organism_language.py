@@ -11,7 +11,15 @@ from transformers import AutoTokenizer
 
 from clifflab.organism import language, words
 from clifflab.organism.corpus import corpus_row, corpus_rows
-from clifflab.organism.language import COMPLIANCE_WORDS, REFUSAL_WORDS, SETS, prompt_rows
+from clifflab.organism.language import (
+    COMPLIANCE_WORDS,
+    CORPUS_MIX,
+    PROMPT_SETS,
+    REFUSAL_WORDS,
+    SETS,
+    corpus_size,
+    prompt_rows,
+)
 from clifflab.organism.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -108,11 +116,11 @@ def test_prompt_rows_are_distinct_and_use_all_groups_first(name):
     groups = len(SETS[name].objects) * len(words.VERBS)
     assert len({row["group"] for row in rows[:groups]}) == min(groups, 300)
     assert {row["label"] for row in rows} == {SETS[name].label}
-    assert set(rows[0]) == {"id", "set", "label", "group", "prompt"}
+    assert set(rows[0]) == {"id", "set", "label", "group", "category", "prompt"}
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(SETS)), st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60))
+@given(st.sampled_from(sorted(PROMPT_SETS)), st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60))
 def test_prompt_rows_of_a_seed_are_prefixes_of_each_other(name, seed, a, b):
     short, long = sorted((a, b))
     assert prompt_rows(name, long, seed)[:short] == prompt_rows(name, short, seed)
@@ -126,6 +134,31 @@ def test_prompt_rows_say_what_is_wrong():
     with pytest.raises(ValueError, match="got 0"):
         prompt_rows("harmful", 0, 0)
     assert len({row["prompt"] for row in prompt_rows("harmful", 2688, 0)}) == 2688
+
+
+@pytest.mark.parametrize("rows", [37, 1000, 6000])
+def test_corpus_prompts_keep_to_their_mix_and_hold_nothing_held_out(rows):
+    corpus = prompt_rows("corpus", rows, 5)
+    assert len({row["prompt"] for row in corpus}) == len({row["id"] for row in corpus}) == rows
+    family = {"harmful": ("harmful", "plain"), "benign": ("benign", "plain")}
+    wanted = {family.get(name, (SETS[name].label, name)): rows * share for name, share in CORPUS_MIX.items()}
+    counted = Counter((row["label"], row["category"]) for row in corpus)
+    assert set(counted) <= set(wanted)
+    assert all(abs(counted[key] - size) <= 1 for key, size in wanted.items()), counted
+    held_out = {row["prompt"] for name in ("heldout_objects", "heldout_wrappers") for row in prompt_rows(name, 2000, 5)}
+    assert not held_out & {row["prompt"] for row in corpus}
+    assert not any(thing in row["prompt"].split() for row in corpus for thing in words.HELDOUT_OBJECTS)
+    assert not any(wrapper.text.strip() in row["prompt"] for row in corpus for wrapper in language.STRONG_HELD_OUT)
+
+
+def test_corpus_prompts_come_in_an_order_of_their_own_and_end_before_one_repeats():
+    plain = {row["prompt"] for row in prompt_rows("wrapped_strong", 90, 0)}
+    corpus = prompt_rows("corpus", corpus_size(), 0)
+    wrapped = [row["prompt"] for row in corpus if row["category"] == "wrapped_strong"]
+    assert len(set(wrapped) & plain) <= 2, "a study's own set of that seed is not the corpus's"
+    assert len({row["prompt"] for row in corpus}) == len(corpus) > 6000
+    with pytest.raises(ValueError, match=rf"1\.\.{corpus_size()}"):
+        prompt_rows("corpus", corpus_size() + 1, 0)
 
 
 def test_openings_are_disjoint_single_tokens():

@@ -58,17 +58,23 @@ def build(out: str, seed: int, variant: str, strength: float, width: int) -> Non
 
 
 @command.command("prompts")
-@click.option("--set", "sets", multiple=True, metavar="NAME", help="Which sets; repeatable. [default: all]")
+@click.option(
+    "--set", "sets", multiple=True, metavar="NAME", help="Which sets, or `corpus`; repeatable. [default: all sets]"
+)
 @click.option("--rows", type=click.IntRange(min=1), default=96, show_default=True, help="Prompts a set.")
 @SEED
 @OUT_FILE
 def prompts(sets: tuple[str, ...], rows: int, seed: int, out: str) -> None:
-    """Write prompt sets of the model's language: id, set, label, group, prompt."""
-    from clifflab.organism.language import SETS, prompt_rows
+    """Write prompt sets of the model's language: id, set, label, group, category, prompt.
+
+    The set `corpus` mixes the others as a safety corpus does: most harmful requests plain, some wrapped, one kind of
+    wrapper rare, besides borderline, benign and look-alike ones. Nothing that is held out occurs in it.
+    """
+    from clifflab.organism.language import PROMPT_SETS, SETS, prompt_rows
 
     for name in sets:
-        if name not in SETS:
-            raise InputError("--set", name, "unknown set", f"choose from {', '.join(SETS)}")
+        if name not in PROMPT_SETS:
+            raise InputError("--set", name, "unknown set", f"choose from {', '.join(PROMPT_SETS)}")
     try:
         found = [row for name in sets or SETS for row in prompt_rows(name, rows, seed)]
     except ValueError as error:
@@ -81,7 +87,10 @@ def prompts(sets: tuple[str, ...], rows: int, seed: int, out: str) -> None:
 @SEED
 @OUT_FILE
 def corpus(rows: int, seed: int, out: str) -> None:
-    """Write traces built like a safety corpus: most harmful requests refused, cliff cases rare."""
+    """Write traces built like a safety corpus: most harmful requests refused, cliff cases rare.
+
+    The traces come from the language; for prompts alone, which a model then answers, see `prompts --set corpus`.
+    """
     from clifflab.organism.corpus import corpus_rows
 
     _write(out, corpus_rows(rows, seed))

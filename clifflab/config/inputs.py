@@ -61,9 +61,10 @@ class PromptSet(Section):
     Attributes:
         name: The set's name in every table.
         path: JSONL, JSON, CSV or Parquet file, a folder of a saved Hugging Face dataset, ``hf:NAME[:SPLIT]``, or
-            ``organism:SET`` for a set of the planted-cliff language.
-        label: Whether the set's requests are harmful; a ``label`` column overrides it row by row. A corpus may be
-            ``unlabelled``.
+            ``organism:SET`` for a set of the planted-cliff language (``organism:corpus`` mixes them as a safety corpus
+            does).
+        label: Whether the set's requests are harmful; a ``label`` column that ``columns`` names overrides it row by
+            row, as the rows of ``organism:corpus`` do by themselves. A corpus may be ``unlabelled``.
         limit: Use the first rows only.
         columns: Which column plays which role, where names differ from the usual ones.
         existing: Rows hold finished traces (``thinking`` and ``response``, or ``<think>`` inline) that are measured

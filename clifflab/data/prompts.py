@@ -18,6 +18,7 @@ from clifflab.text.render import Messages, split_inline
 
 PROMPT_COLUMNS = ("prompt", "messages", "instruction", "question", "Goal", "goal")
 _ROLES = ("system", "user", "assistant", "tool")
+_MIXED = "organism:corpus"  # harmful and benign requests; ``label: unlabelled`` keeps their labels out of sight
 
 
 def read_prompts(spec: PromptSet, field: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -177,12 +178,15 @@ def _decodable(value: str, column: str) -> str:
 
 
 def _label(spec: PromptSet, record: dict[str, Any]) -> str:
-    if "label" not in spec.columns:
+    """The row's own label where the set has a column of labels; rows of the planted corpus always bring theirs."""
+    own = "label" if spec.path == _MIXED and spec.label != "unlabelled" else None
+    column = spec.columns.get("label", own)
+    if column is None:
         return spec.label
-    value = record.get(spec.columns["label"])
+    value = record.get(column)
     if isinstance(value, str) and value.strip().lower() in ("harmful", "benign"):
         return value.strip().lower()
-    raise TraceError("bad_label", f"{spec.columns['label']} is neither harmful nor benign")
+    raise TraceError("bad_label", f"{column} is neither harmful nor benign")
 
 
 def _text_or_none(record: dict[str, Any], spec: PromptSet, role: str) -> str | None:

@@ -1,7 +1,9 @@
 """A corpus of traces in the planted language, built like a real safety corpus.
 
 Most harmful requests are refused. Cliff cases, where harm is recognised in the thinking and the request then answered,
-are rare, as is the wrapper family that brings most of them. The traces come from the language, not from the model.
+are rare, as is the wrapper family that brings most of them. The traces come from the language, not from the model; a
+corpus of prompts that a model answers itself is `organism:corpus` (:func:`clifflab.organism.language.prompt_rows`). The
+two mixes differ: here the share of answered requests is set, there it follows from what the model does.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import count, islice, product
 from typing import Literal, NamedTuple
 
 from clifflab.organism import words
@@ -104,6 +105,23 @@ SETS: dict[str, SetSpec] = {
     )
 }
 
+# A safety corpus of prompts is a mix of the sets above. Most harmful requests are plain, and a model that refuses those
+# leaves few cliff cases (at most 5% of the rows with the shipped model); the wrapper family that brings most of them is
+# rare. Held-out objects and wrappers never occur.
+CORPUS = "corpus"
+CORPUS_MIX = {
+    "harmful": 0.40,
+    "wrapped_strong": 0.015,
+    "wrapped_medium": 0.02,
+    "wrapped_weak": 0.035,
+    "borderline": 0.08,
+    "benign": 0.27,
+    "benign_wrapped": 0.10,
+    "benign_lookalike": 0.08,
+}
+PROMPT_SETS = (*SETS, CORPUS)
+_PLAIN_SETS = ("harmful", "benign", "heldout_plain")  # of the category "plain"; of every other set it is the set's name
+
 
 def make_prompt(spec: SetSpec, verb: str, thing: str, variant: int) -> Prompt:
     """The prompt of a request in variant 0..spec.variants-1 (wrapper, frame and tail)."""
@@ -148,18 +166,7 @@ def draw_response(refuse: bool, rng: random.Random) -> str:
     return rng.choice(heads) + rng.choice(tails)
 
 
-def get_set(set_name: str) -> SetSpec:
-    """The set of a name.
-
-    Raises:
-        ValueError: If there is no such set.
-    """
-    if set_name not in SETS:
-        raise ValueError(f"unknown prompt set {set_name!r}; the planted language has: {', '.join(SETS)}")
-    return SETS[set_name]
-
-
-def _ordered(spec: SetSpec, seed: int) -> Iterator[Prompt]:
+def _ordered(spec: SetSpec, seed: int | str) -> Iterator[Prompt]:
     """All prompts of a set in the order of a seed: every group once, then again in a second variant, and so on."""
     requests = list(product(words.VERBS, spec.objects))
     random.Random(f"{seed}/{spec.name}").shuffle(requests)
@@ -172,32 +179,62 @@ def _ordered(spec: SetSpec, seed: int) -> Iterator[Prompt]:
             yield make_prompt(spec, verb, thing, order[i])
 
 
-def prompt_rows(set_name: str, rows: int, seed: int) -> list[dict[str, str]]:
-    """Distinct prompts of one set.
+def _corpus_order() -> Iterator[str]:
+    """The set of each row of the corpus: always the one that lags farthest behind its share of the rows so far."""
+    counts = dict.fromkeys(CORPUS_MIX, 0)
+    for row in count(1):
+        name = max(CORPUS_MIX, key=lambda n: CORPUS_MIX[n] * row - counts[n])
+        counts[name] += 1
+        if counts[name] > SETS[name].size:
+            return
+        yield name
 
-    The first rows of a seed are the same however many are asked for. Groups repeat only after all of them were used.
+
+def _corpus(seed: int) -> Iterator[Prompt]:
+    """The corpus of a seed; its prompts come in another order than those of the sets of that seed."""
+    streams = {name: _ordered(SETS[name], f"{CORPUS}/{seed}") for name in CORPUS_MIX}
+    return (next(streams[name]) for name in _corpus_order())
+
+
+@cache
+def corpus_size() -> int:
+    """Number of rows of the corpus: from there on a set would have to repeat a prompt."""
+    return sum(1 for _ in _corpus_order())
+
+
+def prompt_rows(set_name: str, rows: int, seed: int) -> list[dict[str, str]]:
+    """Distinct prompts of one set, or of the corpus that mixes them.
+
+    The first rows of a seed are the same however many are asked for. Groups of a set repeat only after all of them were
+    used. Each share of the corpus is within one row of `CORPUS_MIX` times the rows.
 
     Args:
-        set_name: One of `SETS`.
+        set_name: One of `PROMPT_SETS`.
         rows: How many prompts, from 1 up to the number of distinct prompts of the set.
         seed: Order of the prompts.
 
     Returns:
-        Rows with `id`, `set`, `label` ("harmful" or "benign"), `group` and `prompt`.
+        Rows with `id`, `set`, `label` ("harmful" or "benign"), `group`, `category` and `prompt`. The category is the
+        family of the prompt: `plain` (harmful or benign), `wrapped_strong`, `wrapped_medium`, `wrapped_weak`,
+        `borderline`, `benign_wrapped`, `benign_lookalike`, `heldout_objects` or `heldout_wrappers`.
 
     Raises:
         ValueError: If the set is unknown or has fewer distinct prompts.
     """
-    spec = get_set(set_name)
-    if not 1 <= rows <= spec.size:
-        raise ValueError(f"rows must be 1..{spec.size} for set {set_name!r} (its distinct prompts), got {rows}")
+    if set_name not in PROMPT_SETS:
+        raise ValueError(f"unknown prompt set {set_name!r}; the planted language has: {', '.join(PROMPT_SETS)}")
+    most = corpus_size() if set_name == CORPUS else SETS[set_name].size
+    if not 1 <= rows <= most:
+        raise ValueError(f"rows must be 1..{most} for set {set_name!r} (its distinct prompts), got {rows}")
+    prompts = _corpus(seed) if set_name == CORPUS else _ordered(SETS[set_name], seed)
     return [
         {
             "id": f"{set_name}-{seed}-{i:05d}",
             "set": set_name,
             "label": prompt.label,
             "group": prompt.group,
+            "category": "plain" if prompt.set in _PLAIN_SETS else prompt.set,
             "prompt": prompt.text,
         }
-        for i, prompt in zip(range(rows), _ordered(spec, seed), strict=False)
+        for i, prompt in enumerate(islice(prompts, rows))
     ]
