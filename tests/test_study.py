@@ -63,6 +63,9 @@ def test_documented_columns() -> None:
         tables.ABLATION,
         tables.ABLATION_TRACES,
         tables.ABLATION_PERPLEXITY,
+        tables.SELECTION,
+        tables.EVALUATION,
+        tables.CURVE,
         tables.REJECTS,
     ):
         for column in schema.names:

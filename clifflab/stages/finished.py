@@ -44,7 +44,7 @@ class FinishedRun:
 
         Args:
             root: Folder of the study's results.
-            model: Name of one of its models; not needed where there is one.
+            model: Name of one of its models; not needed where there is one that no repair made.
 
         Raises:
             InputError: It is no finished run, has no such model, or the model's files are not what they were.
@@ -54,17 +54,21 @@ class FinishedRun:
             raise InputError("RUN", root, "is no finished run", "give the folder of a study's results, e.g. runs/NAME")
         study = load_study(root / "study.yaml")
         names = [spec.name for spec in study.models]
-        if model is None and len(names) > 1:
+        given = [spec.name for spec in study.models if spec.repairs is None]
+        if model is None and len(given) > 1:
             raise InputError("--model", "(absent)", f"the run has {len(names)}", f"choose from {', '.join(names)}")
         if model is not None and model not in names:
             raise InputError("--model", model, "the run has no such model", f"choose from {', '.join(names)}")
-        spec = study.model(model or names[0])
+        spec = study.model(model or given[0])
         now = {"name": spec.name, **model_identity(spec, HashCache(root / ".steps" / "hashes.json"))}
-        if now != manifest["models"].get(spec.name):
+        measured = manifest["models"].get(spec.name, {})
+        if spec.repairs:  # the adapter is a result of the run itself
+            now["adapter"] = measured.get("adapter")
+        if now != measured:
             remedy = "restore it, or run the study again"
             raise InputError("models.path", spec.path, "is no longer the checkpoint that the run measured", remedy)
         context = Context(study, root, Identities({}, {}, []))
-        return cls(study, spec, context.layout.folder(spec.name), manifest, context)
+        return cls(study, context.spec(spec.name), context.layout.folder(spec.name), manifest, context)
 
     def top(self, fraction: float) -> list[Head]:
         """The top suppression heads, a fraction of all.
