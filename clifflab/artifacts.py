@@ -20,7 +20,7 @@ import clifflab
 from clifflab.errors import InputError, OutputError
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
-_RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text")
+_RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text", "tuning")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
 _OTHER_PACKAGES = ("datasketch", "pyarrow", "ray", "peft", "safetensors", "datasets")
 
