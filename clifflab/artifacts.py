@@ -7,10 +7,12 @@ has a manifest is whole. Fingerprints cover settings, inputs, model, seed and co
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -161,6 +163,33 @@ class HashCache:
         """Keep what is known for the next run."""
         if self._known != (read_json(self._path) or {}):
             write_json(self._path, self._known)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold a folder for one run at a time; the lock goes with the process, however it ends.
+
+    Raises:
+        OutputError: The folder cannot be written, or another run holds it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = (root / ".lock").open("w")
+    except OSError as error:
+        raise output_error(root, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise output_error(root / ".lock", error) from None
+        raise OutputError(
+            "output", root, "another run is writing there", "wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        handle.close()
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from clifflab.config import JudgeConfig, ModelSpec, RepairConfig, Study
 from clifflab.errors import ConfigError, shorten
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def load_study(path: Path, overrides: tuple[str, ...] = (), data_dir: Path | None = None) -> Study:
@@ -67,6 +69,21 @@ def parse_study(data: dict[str, Any], base: Path | None = None, data_dir: Path |
     models = tuple(_relative_model(m, base) for m in study.models)
     judge, repair = _relative_judge(study.judge, base), _relative_repair(study.repair, folders)
     return study.model_copy(update={"prompts": prompts, "models": models, "judge": judge, "repair": repair})
+
+
+def parse_section(kind: type[T], overrides: tuple[str, ...]) -> T:
+    """One part of a configuration from ``key=value`` settings alone.
+
+    Raises:
+        ConfigError: Names the first wrong setting, its value and the remedy.
+    """
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _config_error(error) from None
 
 
 def dump_study(study: Study) -> str:

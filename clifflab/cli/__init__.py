@@ -23,7 +23,11 @@ class LazyGroup(click.Group):
         "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),
         "model": ("clifflab.cli.model", "Look at a model: geometry, thinking format, closing tokens, checks."),
         "bench": ("clifflab.cli.bench", "Time the fast ways against the plain one; results must be equal."),
-        "export": ("clifflab.cli.export", "Write a checkpoint with heads removed that any engine serves."),
+        "tune": ("clifflab.cli.tune", "Fine-tune a model on chosen examples, on one or more workers."),
+        "export": (
+            "clifflab.cli.export",
+            "Write a checkpoint that any engine serves: with heads removed, or an adapter merged.",
+        ),
         "doctor": ("clifflab.cli.doctor", "Check this machine: Python, packages, GPUs, Ray, disk, models."),
     }
 

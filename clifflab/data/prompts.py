@@ -145,15 +145,20 @@ def _messages(record: dict[str, Any], column: str) -> Messages:
 
 
 def _existing(spec: PromptSet, record: dict[str, Any], messages: Messages) -> tuple[str | None, str | None, Messages]:
-    """Thinking, response and the conversation before; an empty response is an outcome and no broken row."""
+    """Thinking, response and the conversation before; an empty response is an outcome and no broken row.
+
+    A conversation may end with the assistant's turn, which then holds both, and have them in columns beside it too.
+    """
+    thought, said = (spec.columns.get(role, role) for role in ("thinking", "response"))
+    apart = record.get(thought) is not None
     if messages[-1]["role"] == "assistant":
         answer, messages = messages[-1]["content"], messages[:-1]
+        if apart and isinstance(record.get(said), str):
+            answer = _text(record[said], said, empty=True)
     else:
-        column = spec.columns.get("response", "response")
-        answer = _text(record.get(column), column, empty=True)
-    column = spec.columns.get("thinking", "thinking")
-    if record.get(column) is not None:
-        return _text(record[column], column, empty=True), answer, messages
+        answer = _text(record.get(said), said, empty=True)
+    if apart:
+        return _text(record[thought], thought, empty=True), answer, messages
     thinking, response = split_inline(answer)
     return thinking, response, messages
 

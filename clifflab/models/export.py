@@ -77,14 +77,14 @@ def export_ablated(
     loaded = load(spec)
     heads = heads_of(loaded)
     heads.check(chosen, "--heads")
-    source = _folder(spec)
+    source = source_folder(spec)
     hooked, plain = _logits(loaded, heads, chosen, intervention), _logits(loaded, heads, (), intervention)
     about: dict[str, Any] = {
         "dtype": spec.dtype,
         "layers": len(heads.layers),
         "heads_total": len(heads),
     }
-    with _beside(out) as scratch:
+    with beside(out) as scratch:
         scale(heads, chosen, intervention.gamma)
         # The source's own is copied, whatever it says; saving would refuse some.
         loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ def copy_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _folder(spec: ModelSpec) -> Path:
+def source_folder(spec: ModelSpec) -> Path:
     """The folder that a model's small files are in; a hub id's are fetched."""
     path = fetch(spec)
     if Path(path).is_dir():
@@ -184,7 +184,7 @@ def _check(
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place at the end of a ``with`` that ends well.
 
     Raises:

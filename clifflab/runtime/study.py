@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +14,13 @@ from clifflab.artifacts import (
     HashCache,
     code_version,
     file_hash,
-    output_error,
+    locked,
     package_versions,
     read_json,
     write_json,
     write_text,
 )
 from clifflab.config import Study
-from clifflab.errors import OutputError
 from clifflab.models.loading import fetch
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.prepare import check_format
@@ -86,7 +82,7 @@ def run(
     reporter = reporter or Silent()
     study = prepare(study)
     root = (Path(out) / study.name).absolute()
-    with _locked(root):
+    with locked(root):
         context = identify(study, root)
         write_text(root / "study.yaml", dump_study(study))
         todo = plan(context)
@@ -252,30 +248,3 @@ def _manifest(context: Context) -> dict[str, Any]:
         "files": {path: digest for manifest in steps.values() for path, digest in manifest["outputs"].items()},
         "steps": {name: {k: v for k, v in manifest.items() if k != "outputs"} for name, manifest in steps.items()},
     }
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the study's folder for one run at a time; the lock goes with the process, however it ends.
-
-    Raises:
-        OutputError: The folder cannot be written, or another run holds it.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = (root / ".lock").open("w")
-    except OSError as error:
-        raise output_error(root, error) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise output_error(root / ".lock", error) from None
-        raise OutputError(
-            "output", root, "another run is writing there", "wait for it, or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        handle.close()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clifflab.config import PromptSet, TuneConfig
+from clifflab.data.files import iter_rows
 from clifflab.data.prompts import read_prompts
 from clifflab.errors import InputError, TraceError
 from clifflab.text.render import Renderer
@@ -76,7 +77,8 @@ def read_rows(path: str, field: str = "--data") -> tuple[list[dict[str, Any]], l
     """Read a file of examples: chat rows (``messages``), or a prompt and a response column, thinking inline or apart.
 
     Args:
-        path: A JSONL, JSON, CSV or Parquet file, a saved dataset, or ``hf:NAME[:SPLIT]``.
+        path: A JSONL, JSON, CSV or Parquet file, a saved dataset, or ``hf:NAME[:SPLIT]``. Its column ``cluster``, else
+            ``group``, names what is held out together; without either, equal requests are.
         field: What the error lines call it.
 
     Returns:
@@ -85,8 +87,10 @@ def read_rows(path: str, field: str = "--data") -> tuple[list[dict[str, Any]], l
     Raises:
         InputError: The file cannot be read, or has no usable row.
     """
-    spec = PromptSet(name="data", path=path, label="benign", existing=True)
     try:
+        first = next((record for _, record, _ in iter_rows(field, path) if record is not None), {})
+        columns = {"group": "cluster"} if first.get("cluster") is not None else {}
+        spec = PromptSet(name="data", path=path, label="benign", existing=True, columns=columns)
         rows, rejects = read_prompts(spec, field)
     except InputError as error:
         if error.field != f"{field}.path":
@@ -107,7 +111,7 @@ def encode(
 
     Args:
         rows: ``id, messages, thinking, response``, and ``group`` (or ``cluster``, which goes first) where known; a last
-            turn of the assistant in ``messages`` is left out.
+            turn of the assistant's in ``messages`` is left out.
         renderer: The model's.
         stop_ids: Ids that end a turn.
         context: Longest example in tokens.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from clifflab.tuning.forward import check_packing, example_losses, make_batch
 from clifflab.tuning.group import Group
 from clifflab.tuning.state import Progress, read_state, write_state
 
-Listen = Callable[[dict[str, Any]], None]
+Listen = Callable[[str, dict[str, Any]], None]
 
 
 class NonFiniteLossError(ClifflabError):
@@ -33,18 +34,23 @@ class NonFiniteLossError(ClifflabError):
             where only the gradient is none.
     """
 
-    def __init__(self, report: dict[str, Any]) -> None:
-        self.report = report
+    def __init__(self, report: dict[str, Any], file: str = "") -> None:
+        self.report, self.file = report, file
         ids = report["examples"]
         super().__init__(
             f"tune: step {report['step']}: the {report['what']} is no finite number; it came with "
-            f"{len(ids)} example{'s' if len(ids) != 1 else ''}: {shorten(', '.join(ids), 200)}; lower the learning "
-            "rate, use dtype bfloat16 or float32, or look at these examples"
+            f"{len(ids)} example{'s' if len(ids) != 1 else ''} ({shorten(', '.join(ids), 160)}"
+            f"{f'; all in {file}' if file else ''}); lower the learning rate, use dtype bfloat16 or float32, or look "
+            "at these examples"
         )
 
-    def __reduce__(self) -> tuple[type[NonFiniteLossError], tuple[dict[str, Any]]]:
+    def at(self, file: Path) -> NonFiniteLossError:
+        """The same error, with the file that its report was written to."""
+        return NonFiniteLossError(self.report, str(file))
+
+    def __reduce__(self) -> tuple[type[NonFiniteLossError], tuple[dict[str, Any], str]]:
         """Pickle by arguments: the error crosses process borders."""
-        return type(self), (self.report,)
+        return type(self), (self.report, self.file)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,6 @@ def train(
     group: Group,
     *,
     listen: Listen | None = None,
-    weigh: Callable[[dict[str, Any]], None] | None = None,
 ) -> Progress:
     """Train whatever parameters of the model require a gradient, and leave it with the best weights.
 
@@ -83,15 +88,15 @@ def train(
         settings: The recipe.
         seed: Of the order of the examples.
         group: The workers.
-        listen: Told of each step's entry of the curve, on the first worker.
-        weigh: Told of each validation, on the first worker.
+        listen: Told on the first worker of the ``start`` (``steps``, ``done``), of every ``step`` (its entry of the
+            curve) and of every ``validation``.
 
     Raises:
         InputError: More workers than examples in a step, or an architecture that cannot do what the settings ask.
         NonFiniteLossError: The loss or the gradient is no number.
         OutputError: A checkpoint cannot be written.
     """
-    return _Training(model, data, settings, seed, group, listen, weigh).run()
+    return _Training(model, data, settings, seed, group, listen).run()
 
 
 def learning_rate(step: int, steps: int, settings: TuneConfig) -> float:
@@ -107,11 +112,10 @@ def learning_rate(step: int, steps: int, settings: TuneConfig) -> float:
 
 class _Training:
     def __init__(
-        self, model: Any, data: Data, settings: TuneConfig, seed: int, group: Group,
-        listen: Listen | None, weigh: Listen | None,
-    ) -> None:  # fmt: skip
+        self, model: Any, data: Data, settings: TuneConfig, seed: int, group: Group, listen: Listen | None
+    ) -> None:
         self.model, self.data, self.settings, self.seed, self.group = model, data, settings, seed, group
-        self.listen, self.weigh = listen or (lambda entry: None), weigh or (lambda entry: None)
+        self.listen = listen if listen and group.rank == 0 else lambda kind, entry: None
         self.device = next(model.parameters()).device
         self.packed = settings.batching == "packed"
         self.lengths = [len(example.ids) for example in data.train]
@@ -133,6 +137,7 @@ class _Training:
             if self.packed and len(self.data.train) > 1:
                 check_packing(self.model, self.data.train, self.data.pad_id, self.device)
             self.forward = self.group.wrap(self.model)
+            self.listen("start", {"steps": self.steps, "done": self.progress.step})
             while self.progress.step < self.steps and not self.progress.stopped_early:
                 self._one_epoch()
         if self.best:
@@ -156,8 +161,7 @@ class _Training:
             over = step == self.steps or self.progress.stopped_early
             if over or (step % every == 0 if every else ends):
                 self._save()
-            if self.group.rank == 0:
-                self.listen(entry)
+            self.listen("step", entry)
 
     def _step(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One optimizer step over these examples."""
@@ -211,8 +215,7 @@ class _Training:
         else:
             self.progress.stale += 1
             self.progress.stopped_early = self.progress.stale >= self.settings.patience
-        if self.group.rank == 0:
-            self.weigh(entry)
+        self.listen("validation", entry)
 
     @torch.no_grad()
     def _held_losses(self) -> list[float]:
