@@ -6,72 +6,22 @@ files under names that follow from the job, so doing one twice is harmless.
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import sys
-import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clifflab.config import RuntimeConfig, Study
-from clifflab.errors import WorkerError, shorten
+from clifflab.config import Study
+from clifflab.errors import ClifflabError, WorkerError, shorten
+from clifflab.runtime.gang import Gang, run_gang
+from clifflab.runtime.local import start_ray
 from clifflab.runtime.work import Job, Result, Worker
-from clifflab.stages import Identities
-
-
-def start_ray(settings: RuntimeConfig) -> bool:
-    """Start Ray in this process unless it runs already; returns whether it was started here.
-
-    The local cluster has a bounded object store, no dashboard, listens on the loopback address and asks for a token
-    that lives in this process's environment alone.
-    """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        return False
-    with _native_messages_held():
-        ray.init(
-            address="local",
-            # Ray's own count respects the limits of containers; more workers than cores are the user's choice.
-            num_cpus=settings.workers if isinstance(settings.workers, int) else None,
-            object_store_memory=settings.object_store_mb << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
-    return True
-
-
-@contextmanager
-def _native_messages_held() -> Iterator[None]:
-    """Hold back what Ray's native code prints while it starts; show it only if starting fails.
-
-    On a machine without a network it warns that it found no outer address, which is how a study is meant to run.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        kept = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            os.dup2(kept, 2)
-            held.seek(0)
-            sys.stderr.write(held.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+from clifflab.stages import STEPS, Identities
+from clifflab.stages.base import GangStep
+from clifflab.tuning.group import Group
+from clifflab.tuning.loop import Listen
 
 
 class ActorRuntime:
@@ -100,6 +50,10 @@ class ActorRuntime:
         Raises:
             WorkerError: A job's worker died more often than ``runtime.max_attempts``.
         """
+        together = [job for job in jobs if job.unit and isinstance(STEPS[job.step], GangStep)]
+        for job in together:
+            yield self._together(job)
+        jobs = [job for job in jobs if job not in together]
         errors = self._ray.exceptions
         dead = (errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError, errors.WorkerCrashedError)
         queue: deque[tuple[Job, int]] = deque((job, 1) for job in jobs)
@@ -130,6 +84,36 @@ class ActorRuntime:
             result.attempt = attempt
             yield result
 
+    def _together(self, job: Job) -> Result:
+        """Let a group of workers do one job; the pool's actors give their places up for it."""
+        for actor in self._alive:
+            self._ray.kill(actor)
+        self._alive.clear()
+        self._idle.clear()
+        assert job.unit is not None
+        settings = self._study.repair.tune
+        workers = None if settings.workers == "auto" else settings.workers
+        place = self._root / ".work" / (job.model or "_study") / job.step / f"{job.unit.key}-gang"
+        gang = Gang(place, workers, self._study.runtime.threads, settings.max_failures)
+        starts = 0
+
+        def listen(kind: str, entry: dict[str, Any]) -> None:
+            nonlocal starts
+            if kind == "start":
+                starts += 1
+                if starts > 1:
+                    about = {"step": job.step, "model": job.model, "unit": job.name, "attempt": starts - 1}
+                    self._lost.append({**about, "reason": f"training goes on from step {entry['done']}"})
+
+        body = _Together(self._study, str(self._root), self._ray.get(self._identities), job)
+        began = time.monotonic()
+        try:
+            counts = run_gang(body, gang, self._study.runtime, listen)
+        except ClifflabError as error:
+            return Result(job, {"node": None, "pid": None, "gpu_ids": []}, error=error)
+        seconds = round(time.monotonic() - began, 3)
+        return Result(job, counts.pop("where"), seconds, counts, counts.pop("loads"))
+
     def lost(self) -> list[dict[str, object]]:
         """Workers lost since the last call, with what they were at."""
         gone, self._lost = self._lost, []
@@ -153,6 +137,28 @@ class ActorRuntime:
         actor = self._ray.remote(_Actor).options(**self._options).remote(self._study, str(self._root), self._identities)
         self._alive.append(actor)
         return actor
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What every worker of a group does of a study's job; plain data that crosses process borders."""
+
+    study: Study
+    root: str
+    identities: Identities
+    job: Job
+
+    def __call__(self, group: Group, listen: Listen) -> dict[str, Any]:
+        """Do the job as one of the group; the counts, and where the first worker did it."""
+        import ray
+
+        gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+        node = ray.get_runtime_context().get_node_id()
+        worker = Worker(self.study, Path(self.root), self.identities, node, gpu_ids)
+        result = worker.do(self.job, group, listen)
+        if result.error:
+            raise result.error
+        return {**result.counts, "where": result.where, "loads": result.loads}
 
 
 class _Actor:

@@ -148,12 +148,12 @@ def _ray(start: bool) -> Finding:
     if not start:
         return Finding("ray", "ok", f"{version} installed, not started", "--start-ray tries a local one")
     from clifflab.config import RuntimeConfig
-    from clifflab.runtime import actors
+    from clifflab.runtime import local
 
     began = time.perf_counter()
     own = False
     try:
-        own = actors.start_ray(RuntimeConfig(workers=1))
+        own = local.start_ray(RuntimeConfig(workers=1))
         import ray
 
         other = ray.get(ray.remote(_pid).remote(), timeout=60)

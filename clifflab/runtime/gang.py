@@ -18,7 +18,7 @@ from typing import Any
 from clifflab.artifacts import read_json, write_json
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, InputError, WorkerError, shorten
-from clifflab.runtime.actors import start_ray
+from clifflab.runtime.local import start_ray
 from clifflab.tuning.group import Group, WriteFolder
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 

@@ -13,6 +13,9 @@ from clifflab.artifacts import output_error
 from clifflab.config import Study
 from clifflab.errors import ClifflabError, InputError
 from clifflab.stages import STEPS, Context, Identities, Unit
+from clifflab.stages.base import GangStep
+from clifflab.tuning.group import Group
+from clifflab.tuning.loop import Listen
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,14 @@ class Worker:
         self.context = Context(study, root, identities)
         self.where = {"node": node or socket.gethostname(), "pid": os.getpid(), "gpu_ids": gpu_ids or []}
 
-    def do(self, job: Job) -> Result:
-        """Do one job with the study's number of threads; a user's error comes back in the result."""
+    def do(self, job: Job, group: Group | None = None, listen: Listen | None = None) -> Result:
+        """Do one job with the study's number of threads; a user's error comes back in the result.
+
+        Args:
+            job: The job.
+            group: The workers that do it together, where its step asks for some; this one alone by default.
+            listen: Told of the progress of such a step.
+        """
         import torch
         from threadpoolctl import threadpool_limits
 
@@ -87,7 +96,9 @@ class Worker:
             torch.set_num_threads(threads)
             with threadpool_limits(threads):
                 step = STEPS[job.step]
-                if job.unit:
+                if job.unit and isinstance(step, GangStep):
+                    result.counts = step.compute_together(self.context, job.unit, group, listen)
+                elif job.unit:
                     result.counts = step.compute(self.context, job.unit)
                 else:
                     result.counts = step.merge(self.context, job.model)

@@ -21,6 +21,8 @@ from clifflab.data.files import source_hash
 if TYPE_CHECKING:
     from clifflab.engines.guard import GuardJudge
     from clifflab.models.loading import LoadedModel
+    from clifflab.tuning.group import Group
+    from clifflab.tuning.loop import Listen
 
 T = TypeVar("T")
 CORPUS, REPAIR = "corpus", "repair"  # folders of a model's results
@@ -198,7 +200,6 @@ class Step(ABC):
         inputs: Names of the steps whose results it reads.
         suffix: File suffix of a unit's result.
         transient: Its unit files are its result; they are deleted when every step that reads them is whole.
-        gang: Each of its units is done by a group of workers together, and not by one of many.
         compares: It reads the results of the model before (``ModelSpec.before``) too.
     """
 
@@ -207,7 +208,6 @@ class Step(ABC):
     inputs: tuple[str, ...] = ()
     suffix: str = ".parquet"
     transient: bool = False
-    gang: bool = False
     compares: bool = False
 
     def applies(self, study: Study, model: ModelSpec | None) -> bool:
@@ -237,6 +237,27 @@ class Step(ABC):
     @abstractmethod
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Make the outputs from the unit files; returns counts for the event log and the manifest."""
+
+
+class GangStep(Step):
+    """A stage whose units are each done by a group of workers together, and not by one of many."""
+
+    def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
+        """Compute one unit alone."""
+        return self.compute_together(context, unit, None, None)
+
+    @abstractmethod
+    def compute_together(
+        self, context: Context, unit: Unit, group: Group | None, listen: Listen | None
+    ) -> dict[str, Any]:
+        """Compute one unit as one worker of a group, or alone.
+
+        Args:
+            context: What the worker knows.
+            unit: The unit.
+            group: The workers; ``None`` where there is one.
+            listen: Told by the first worker of the progress.
+        """
 
 
 def chunks(total: int, size: int, step: str, model: str | None) -> list[Unit]:
