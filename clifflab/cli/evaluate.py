@@ -79,7 +79,8 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
     if found["reason"]:
         console.print(f"{title}: not compared: {found['reason']}", markup=False, soft_wrap=True)
         return
-    console.print(_table(found, f"{title}, judged by {found['judged_by']}, {found['samples']} samples a prompt"))
+    samples = f"{found['samples']} sample{'' if found['samples'] == 1 else 's'} a prompt"
+    console.print(_table(found, f"{title}, judged by {found['judged_by']}, {samples}"))
     for line in _lines(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -118,7 +119,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     for name, entry in found["choices"].items():
         sides = f"{percent(entry['before'])} -> {percent(entry['after'])}, change {percent(entry['change'])}"
         rejected = sum(entry["rejected"].values())
-        left_out = f", {rejected} rows left out" if rejected else ""
+        left_out = f", {rejected} row{'' if rejected == 1 else 's'} left out" if rejected else ""
         lines.append(f"{name}: accuracy {sides}, {entry['questions']} questions{left_out}")
     sides_of_excess = {"before": "before", "after_old_probe": "after, old probe", "after_own_probe": "after, own probe"}
     for side, text in sides_of_excess.items():
