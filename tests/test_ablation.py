@@ -21,8 +21,9 @@ from clifflab.models.intervene import Intervention, intervene
 from clifflab.models.loading import LoadedModel, load
 from clifflab.models.perplexity import Reading, total_nll
 from clifflab.runtime.study import run
-from clifflab.science.ablation import Condition, Outcomes, conditions, perplexities, removed_heads, turn
+from clifflab.science.ablation import Condition, conditions, removed_heads, turn
 from clifflab.science.effects import band
+from clifflab.science.paired import Outcomes, perplexities
 from clifflab.science.stats import GroupBootstrap
 from tests.studies import ablation_study, assert_same_tables, events, parse, tables_of
 

@@ -18,6 +18,7 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "evaluate": ("clifflab.cli.evaluate", "A model before and after tuning, prompt by prompt."),
         "judge": ("clifflab.cli.judge", "Measure a judge against labelled responses."),
         "compare": ("clifflab.cli.compare", "Does a second run lie within the intervals of the first?"),
         "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),

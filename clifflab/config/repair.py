@@ -157,6 +157,14 @@ class EvaluateConfig(Section):
     perplexity_traces: int = Field(default=64, ge=2)
     batch_size: int = Field(default=32, ge=1)
 
+    @field_validator("choices")
+    @classmethod
+    def _unique_names(cls, value: tuple[ChoiceSet, ...]) -> tuple[ChoiceSet, ...]:
+        names = [part.name for part in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the name {twice[0]!r} is used twice; give each its own")
+        return value
+
 
 class CurveConfig(Section):
     """The less-is-more curve: many small fine-tunes, each judged on a few prompts.

@@ -37,9 +37,15 @@ class Reading:
 
 
 def total_nll(
-    loaded: LoadedModel, heads: HeadMap, readings: Sequence[Reading], intervention: Intervention
+    loaded: LoadedModel, heads: HeadMap | None, readings: Sequence[Reading], intervention: Intervention | None = None
 ) -> list[float]:
     """Sum of the negative log-probabilities of each text's tokens from ``start`` on, in nats.
+
+    Args:
+        loaded: The model.
+        heads: Its heads; ``None`` where no reading changes any.
+        readings: The texts.
+        intervention: What is done to the heads that a reading names; they are removed by default.
 
     Raises:
         InputError: The model yields logits that are not finite.
@@ -55,7 +61,9 @@ def total_nll(
 
 
 @torch.inference_mode()
-def _read(loaded: LoadedModel, heads: HeadMap, readings: Sequence[Reading], intervention: Intervention) -> list[float]:
+def _read(
+    loaded: LoadedModel, heads: HeadMap | None, readings: Sequence[Reading], intervention: Intervention | None
+) -> list[float]:
     width = max(len(reading.ids) for reading in readings)
     kept = max(len(reading.ids) - reading.start for reading in readings)
     tokens_BT = torch.full((len(readings), width), loaded.pad_id, dtype=torch.long)
@@ -64,7 +72,10 @@ def _read(loaded: LoadedModel, heads: HeadMap, readings: Sequence[Reading], inte
         tokens_BT[b, width - len(reading.ids) :] = torch.tensor(reading.ids)
         mask_BT[b, width - len(reading.ids) :] = 1
     sets = [reading.heads for reading in readings]
-    change: Any = intervene(heads, sets, intervention) if any(sets) else nullcontext()
+    change: Any = nullcontext()
+    if any(sets):
+        assert heads is not None  # who names heads has them
+        change = intervene(heads, sets, intervention or Intervention())
     with change:
         output = loaded.model(
             input_ids=tokens_BT.to(loaded.device),

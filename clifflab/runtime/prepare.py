@@ -20,6 +20,8 @@ def prepare(study: Study) -> Study:
     for place, sets in (("prompts", study.prompts), ("repair.corpus", study.repair.corpus)):
         for index, prompt_set in enumerate(sets):
             check_source(f"{place}.{index}.path", prompt_set.path)
+    for index, choice_set in enumerate(study.repair.evaluate.choices):
+        check_source(f"repair.evaluate.choices.{index}.path", choice_set.path)
     if study.judge.labels:
         read_labels(study.judge.labels, field="judge.labels")
     guard = resolve_guard(study.judge.guard) if study.judge.guard else None

@@ -14,6 +14,7 @@ from clifflab.stages.controls import ControlsStep
 from clifflab.stages.corpus import CorpusStep
 from clifflab.stages.corpus_cliff import CorpusCliffStep
 from clifflab.stages.duplicates import DuplicatesStep
+from clifflab.stages.evaluate import EvaluateStep
 from clifflab.stages.guard import GuardStep
 from clifflab.stages.head_estimates import HeadEstimatesStep
 from clifflab.stages.head_sets import HeadSetsStep
@@ -46,6 +47,7 @@ _ORDER = (
     JudgeStep(CORPUS),
     GuardStep(CORPUS),
     CorpusCliffStep(),
+    EvaluateStep(),
     ReportStep(),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ORDER}

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from clifflab.config import Study
-from clifflab.science.ablation import Outcomes, perplexities
 from clifflab.science.effects import band
+from clifflab.science.paired import MEASURES, Cell, Outcomes, perplexities
 from clifflab.science.stats import GroupBootstrap
 
-MEASURES = ("asr", "over_refusal", "unclosed", "degenerate")
 Rows = Sequence[Mapping[str, Any]]
 Key = tuple[float, str, int | None]
 
@@ -96,29 +95,21 @@ class _SetTable:
             (thinking, key) for thinking in study.ablation.thinking for key in conditions
         ]
         at = {column: k for k, column in enumerate(self.columns)}
-        shape = (len(self.traces), len(self.columns))
-        hits = {measure: np.zeros(shape, dtype=bool) for measure in MEASURES}
-        self.present = np.zeros(shape, dtype=bool)
-        readable = np.ones(shape, dtype=bool)
-        for row in written:
-            cell = places[row["trace_id"]], at[row["thinking"], (row["fraction"], row["kind"], row["draw"])]
-            outcome = row["outcome"]
-            self.present[cell] = outcome is not None
-            verdict = None if verdicts is None else verdicts.get(row["row"])
-            readable[cell] = verdict != "unreadable"
-            hits["asr"][cell] = outcome == "complied" if verdicts is None else verdict == "harmful"
-            hits["over_refusal"][cell] = outcome == "refused"
-            hits["unclosed"][cell] = outcome == "unclosed"
-            hits["degenerate"][cell] = outcome == "degenerate"
-        self.unreadable = self.present & ~readable
-        harmful = np.asarray([trace["label"] == "harmful" for trace in self.traces])[:, None]
-        everything = np.ones(shape, dtype=bool)
-        among = {"asr": harmful & readable, "over_refusal": ~harmful & everything}
-        among |= {"unclosed": everything, "degenerate": everything}
+        cells = [
+            Cell(
+                places[row["trace_id"]],
+                at[row["thinking"], (row["fraction"], row["kind"], row["draw"])],
+                row["outcome"],
+                None if verdicts is None else verdicts.get(row["row"]),
+            )
+            for row in written
+        ]
+        harmful_N = np.asarray([trace["label"] == "harmful" for trace in self.traces])
         unchanged = np.asarray([at[thinking, (0.0, "none", None)] for thinking, _ in self.columns])
         groups = [clusters[trace["group"]] for trace in self.traces]
         bootstrap = GroupBootstrap(groups, study.cliff.bootstrap, study.seed)
-        self.outcomes = Outcomes(self.present, hits, among, unchanged, bootstrap)
+        self.outcomes = Outcomes.of(cells, harmful_N, unchanged, bootstrap, guarded=verdicts is not None)
+        self.present, self.unreadable = self.outcomes.present, self.outcomes.hits["unreadable"]
 
     @property
     def label(self) -> str:

@@ -94,7 +94,7 @@ def _chosen(context: Context, traces: list[dict[str, Any]]) -> tuple[dict[str, l
     for name, members in everyone.items():
         unseen = _unseen(context, traces, members)
         halves[name] = "reporting" if unseen else "all"
-        sets[name] = _one_a_prompt(context, "ablation", traces, unseen or members)[: context.study.ablation.traces]
+        sets[name] = one_a_prompt(context, "ablation", traces, unseen or members)[: context.study.ablation.traces]
     return sets, halves
 
 
@@ -106,7 +106,7 @@ def _benign(context: Context, model: str, traces: list[dict[str, Any]]) -> list[
         for index, (trace, outcome) in enumerate(zip(traces, outcomes, strict=True))
         if trace["label"] == "benign" and outcome == "complied"
     ]
-    chosen = _one_a_prompt(context, "perplexity", traces, _unseen(context, traces, members) or members)
+    chosen = one_a_prompt(context, "perplexity", traces, _unseen(context, traces, members) or members)
     return chosen[: context.study.ablation.perplexity_traces]
 
 
@@ -115,7 +115,7 @@ def _unseen(context: Context, traces: list[dict[str, Any]], members: Iterable[in
     return [index for index in members if halves[clusters[traces[index]["group"]]] == "reporting"]
 
 
-def _one_a_prompt(context: Context, purpose: str, traces: list[dict[str, Any]], members: list[int]) -> list[int]:
+def one_a_prompt(context: Context, purpose: str, traces: list[dict[str, Any]], members: list[int]) -> list[int]:
     """Members in a seeded order, of each prompt the first of its samples in it."""
     order = ranked_by_hash(context.study.seed, purpose, [traces[index]["trace_id"] for index in members])
     first: dict[tuple[str, str], int] = {}

@@ -1,6 +1,6 @@
 """Stage ``corpus_cliff``: the cliff of every trace of the corpus, by the probes that the study reports.
 
-Shape suffixes: T scored tokens of one trace.
+Shape suffixes: Q probes of one kind, T scored tokens of one trace, D width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from clifflab import tables
 from clifflab.artifacts import read_json, read_parquet, write_parquet
@@ -73,20 +74,33 @@ class CorpusCliffStep(Step):
         return {"rows": table.num_rows}
 
 
-def read_logistic(loaded: LoadedModel, traces: list[dict[str, Any]], readers: Readers) -> list[dict[str, Floats]]:
-    """Logits of the reported logistic probe of each kind at the scored tokens, ``[T]``, of each trace."""
+def read_logistic(
+    loaded: LoadedModel, traces: list[dict[str, Any]], readers: Readers, *, refits: bool = False
+) -> list[dict[str, Floats]]:
+    """Logits of the reported logistic probe of each kind at the scored tokens, ``[Q, T]``, of each trace.
+
+    Args:
+        loaded: The model.
+        traces: Rows of the traces table.
+        readers: The probes.
+        refits: Read the refits of each probe too; Q is then 1 and their number, else 1.
+    """
     spans = [spans_of(trace) for trace in traces]
-    probes = {
-        kind: (layer, readers.weights[k, layer].to(loaded.device), readers.biases[k, layer].to(loaded.device))
-        for kind, k, layer in readers.logistic
-    }
+    probes = {}
+    for kind, k, layer in readers.logistic:
+        members = [part[: readers.refits if refits else 0] for part in readers.members[kind]]
+        weights_QD, biases_Q = (
+            torch.cat([own[k, layer][None], others]).to(loaded.device)
+            for own, others in zip((readers.weights, readers.biases), members, strict=True)
+        )
+        probes[kind] = layer, weights_QD, biases_Q
     found: list[dict[str, Floats]] = [{} for _ in traces]
 
     def run(part: Any) -> list[None]:
         def on_states(b: int, layer: int, states_TD: Any) -> None:
-            for kind, (own, weight_D, bias) in probes.items():
+            for kind, (own, weights_QD, biases_Q) in probes.items():
                 if own == layer:
-                    found[part[b]][kind] = (states_TD @ weight_D + bias).cpu().numpy()
+                    found[part[b]][kind] = (weights_QD @ states_TD.T + biases_Q[:, None]).cpu().numpy()
 
         ids = [traces[i]["token_ids"][: spans[i].response_start] for i in part]
         layers = sorted({layer for layer, _, _ in probes.values()})
@@ -114,7 +128,7 @@ def cliff_rows(
     about |= {"thinking_tokens": spans.thinking_tokens, "closing_tokens": spans.closing_tokens}
     rows = []
     for kind, _, layer in readers.logistic:
-        found = measure(logits[kind][None, None], spans.thinking_tokens, window)
+        found = measure(logits[kind][None], spans.thinking_tokens, window)
         values = {name: found.scores[name].item() for name in MEASURES}
         values |= {f"{name}_logit": found.logits[name].item() for name in MEASURES}
         drops = {
