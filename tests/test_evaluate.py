@@ -25,11 +25,12 @@ from clifflab.errors import ClifflabError, ConfigError, InputError
 from clifflab.models.export import export_ablated
 from clifflab.models.intervene import Intervention
 from clifflab.models.loading import load, resolve_path
+from clifflab.models.perplexity import Reading, total_nll
 from clifflab.runtime.study import identify, prepare, run
 from clifflab.science.repair import accuracies, chosen, outcome_rates, paired_means, perplexity_change
 from clifflab.science.stats import DIFFERENCE, GroupBootstrap
 from clifflab.stages.evaluate import EvaluateStep, _answers, _cliffs, choice_reading
-from clifflab.stages.evaluation_plan import no_old_probe, no_texts
+from clifflab.stages.evaluation_plan import benign_texts, no_old_probe, no_texts
 from clifflab.studyfile import load_study
 from tests.studies import assert_same_tables, events, parse, small_study
 
@@ -245,8 +246,8 @@ def test_rows_agree_with_both_models_tables(compared: tuple[Path, str]) -> None:
     assert {row["harm_before"] for row in rows.values()} == {None}
 
 
-def test_the_old_probe_reads_as_it_did(compared: tuple[Path, str], checkpoints: dict[str, Path]) -> None:
-    """On the model before it gives the cliffs that the step ``cliff`` has written, to float tolerance."""
+def test_the_model_before_reads_as_it_did(compared: tuple[Path, str], checkpoints: dict[str, Path]) -> None:
+    """Its probe gives the cliffs that the step ``cliff`` has written, to float tolerance; its perplexity is its own."""
     root, _ = compared
     context = identify(prepare(load_study(root / "study.yaml")), root)
     traces = pq.read_table(root / "planted" / "traces.parquet").slice(40, 12).to_pylist()
@@ -264,6 +265,14 @@ def test_the_old_probe_reads_as_it_did(compared: tuple[Path, str], checkpoints: 
         for place, positions in enumerate(("all", "final")):
             got = values[place, [0, 2, 3], 0].tolist()
             assert got == pytest.approx(wanted[record["trace_id"], positions], abs=1e-4)
+    texts = pq.read_table(root / "planted" / "traces.parquet").take(benign_texts(context, "planted-after")).to_pylist()
+    assert {row["label"] for row in texts} == {"benign"}
+    readings = [Reading(tuple(row["token_ids"]), row["prefix_end"]) for row in texts]
+    nll, tokens = sum(total_nll(context.loaded("planted"), None, readings)), sum(len(r.ids) - r.start for r in readings)
+    read = figures_of(root)["perplexity"]
+    assert read["tokens"] == tokens
+    assert read["before"]["mean"] == pytest.approx(np.exp(nll / tokens), abs=1e-6)
+    assert read["after"]["mean"] != pytest.approx(read["before"]["mean"], abs=1e-6)
     planted, after = context.study.models
     smaller = after.model_copy(update={"path": str(checkpoints["llama"])})
     context = identify(prepare(context.study.model_copy(update={"models": (planted, smaller)})), root)
@@ -363,7 +372,8 @@ def test_twins_and_strangers(
     print_evaluation({"reason": "no prompt is shared", "model": "b", "before": "a"})
     out = capsys.readouterr().out
     assert "benign perplexity: not measured: the two models' chat templates" in out
-    assert "excess cliff after, old probe: not defined: the model before has no probe" in out
+    assert out.count("the model before has no probe") == 1
+    assert "excess cliff" not in out  # the reason is given once
     assert next(line for line in out.splitlines() if line.startswith("given")).split()[1] == "given"
     assert "b beside a: not compared: no prompt is shared" in out
     loads = [e for e in events(root) if e["event"] == "unit" and e["step"] == "evaluate" and e["model"] == "twin"]

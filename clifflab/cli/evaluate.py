@@ -121,11 +121,19 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         rejected = sum(entry["rejected"].values())
         left_out = f", {rejected} row{'' if rejected == 1 else 's'} left out" if rejected else ""
         lines.append(f"{name}: accuracy {sides}, {entry['questions']} questions{left_out}")
+    probes = found["probes"]
+    if probes["old"]:
+        lines.append(f"cliff by the probe of the model before: not measured: {probes['old']}")
+    if probes["own"] and probes["own"] not in probes["old"]:
+        lines.append(f"cliff by the tuned model's own probe: not measured: {probes['own']}")
+    told = " ".join(probes.values())
     sides_of_excess = {"before": "before", "after_old_probe": "after, old probe", "after_own_probe": "after, own probe"}
     for side, text in sides_of_excess.items():
         entry = found["excess_cliff"][side]
-        told = interval(entry) if entry["mean"] is not None else f"not defined: {entry['reason']}"
-        lines.append(f"excess cliff {text}: {told}")
+        if entry["mean"] is not None:
+            lines.append(f"excess cliff {text}: {interval(entry)}")
+        elif entry["reason"] not in told:
+            lines.append(f"excess cliff {text}: not defined: {entry['reason']}")
     return lines
 
 
