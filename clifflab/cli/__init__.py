@@ -18,6 +18,7 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "select": ("clifflab.cli.select", "Choose the examples of a repair from scored traces."),
         "judge": ("clifflab.cli.judge", "Measure a judge against labelled responses."),
         "compare": ("clifflab.cli.compare", "Does a second run lie within the intervals of the first?"),
         "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),

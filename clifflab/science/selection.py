@@ -95,15 +95,9 @@ class Keys:
         return np.asarray(order, np.int64)
 
 
-def measures_of(selectors: Collection[str], *, labelled: bool = True) -> tuple[str, ...]:
-    """The scores that a trace must have for these selectors: the final one, and what they rank by.
-
-    Args:
-        selectors: All selectors that are compared.
-        labelled: Whether every trace has a label; a trace without one needs a plateau.
-    """
-    needed = {"final", *(RANKINGS[name][0] for name in selectors if name in RANKINGS)}
-    return tuple(sorted(needed if labelled else needed | {"plateau"}))
+def measures_of(selectors: Collection[str]) -> tuple[str, ...]:
+    """The scores that a trace must have for these selectors: the final one, and what they rank by."""
+    return tuple(sorted({"final", *(RANKINGS[name][0] for name in selectors if name in RANKINGS)}))
 
 
 def buckets(scores_N: Floats) -> Ints:
