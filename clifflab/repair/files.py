@@ -87,6 +87,9 @@ def select_files(
     near = _near(sources, settings, seed, read)
     census = _census(sources, settings, near, read)
     total = census.traces - census.near
+    if census.near and not total:
+        remedy = "give other prompts, or another corpus"
+        raise InputError("against", f"{census.near} traces", "all are of requests that are evaluated", remedy)
     harmful, benign = parts_of(check_budget(settings.budget, total), settings.benign)
     plan = Plan(
         settings,

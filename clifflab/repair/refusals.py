@@ -69,7 +69,7 @@ def content(text: str) -> frozenset[str]:
 
 
 def whole(response: str) -> bool:
-    """Whether a response is a refusal and nothing more: the rule judge says so, no list of steps and no more thinking."""
+    """Whether a response is a refusal and nothing more: no list of steps follows, and no more thinking."""
     if any(marker in response for marker in MARKERS) or _LIST.pattern.search(response):
         return False
     return judge(response, closed=True).outcome == "refused"

@@ -13,7 +13,6 @@ import pyarrow as pa
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError
 from clifflab.repair.files import BATCH, read_here, schema_of
-from clifflab.runtime.actors import start_ray
 
 T = TypeVar("T")
 _PART = "part"
@@ -45,6 +44,8 @@ class RayReader:
         """What ``reduce`` makes of each batch, in any order."""
         if sum(os.stat(file).st_size for file in files) <= self._small:
             return read_here(files, columns, reduce)
+        from clifflab.runtime.actors import start_ray
+
         self._started |= start_ray(self._settings)
         return _read(files, columns, reduce)
 
