@@ -18,13 +18,14 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "select": ("clifflab.cli.select", "Choose the examples of a repair from scored traces."),
+        "tune": ("clifflab.cli.tune", "Fine-tune a model on chosen examples, on one or more workers."),
         "evaluate": ("clifflab.cli.evaluate", "A model before and after tuning, prompt by prompt."),
         "judge": ("clifflab.cli.judge", "Measure a judge against labelled responses."),
         "compare": ("clifflab.cli.compare", "Does a second run lie within the intervals of the first?"),
         "organism": ("clifflab.cli.organism", "The planted-cliff model: build it, write its prompts and traces."),
         "model": ("clifflab.cli.model", "Look at a model: geometry, thinking format, closing tokens, checks."),
         "bench": ("clifflab.cli.bench", "Time the fast ways against the plain one; results must be equal."),
-        "tune": ("clifflab.cli.tune", "Fine-tune a model on chosen examples, on one or more workers."),
         "export": (
             "clifflab.cli.export",
             "Write a checkpoint that any engine serves: with heads removed, or an adapter merged.",

@@ -56,7 +56,48 @@ def sweep(json_file: str | None, methods: tuple[str, ...], threads: int | None, 
     _show([record.as_dict() for record in records], json_file)
 
 
+@command.command("select")
+@_number("--rows", 1_000_000, "Rows of the score table.")
+@_number("--files", 10, "Files that it comes in.")
+@_number("--repeats", 3, "Interleaved timed rounds.")
+@JSON
+def select(json_file: str | None, **settings: Any) -> None:
+    """Choose 1.7% of a random score table: the streaming top-k against a sort of the whole table.
+
+    Both read the same Parquet files in this process; the same traces in the same order are asserted.
+    """
+    from clifflab.bench.select import SelectBench, bench_select
+
+    records = bench_select(SelectBench(**settings), lambda line: click.echo(line, err=True))
+    first = records[0]
+    columns = {
+        "method": lambda record: record["method"],
+        "seconds (median)": lambda record: f"{record['seconds_median']:.3f}",
+        "rows/s": lambda record: f"{record['rows_per_second']:,.0f}",
+        "ratio to plain": lambda record: f"{record['ratio_to_plain']:.2f}",
+        "peak memory": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    title = f"bench select: {first.chosen:,} of {first.rows:,} rows, the same in the same order"
+    _print([record.as_dict() for record in records], json_file, title, columns)
+
+
 def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
+    first = records[0]
+    title = f"bench {first['bench']}: {first['model']}, {first['dtype']}, {first['tokens']} tokens a trace"
+    columns = {
+        "method": lambda record: record["method"],
+        "seconds (median)": lambda record: f"{record['seconds_median']:.3f}",
+        "tokens/s": lambda record: f"{record['tokens_per_second']:,.0f}",
+        "ratio to plain": lambda record: f"{record['ratio_to_plain']:.1f}",
+        "largest difference": lambda record: f"{record['max_abs_diff']:.1e}",
+        "peak memory": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    _print(records, json_file, title, columns)
+
+
+def _print(
+    records: list[dict[str, Any]], json_file: str | None, title: str, columns: dict[str, Callable[[Any], str]]
+) -> None:
     """Print the table; write the file first, so that a closed pipe loses nothing."""
     from pathlib import Path
 
@@ -70,18 +111,9 @@ def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
             write_json(Path(json_file), records)
         except OSError as error:
             raise output_error(Path(json_file), error) from None
-    first = records[0]
-    table = Table(title=f"bench {first['bench']}: {first['model']}, {first['dtype']}, {first['tokens']} tokens a trace")
-    heads = ("method", "seconds (median)", "tokens/s", "ratio to plain", "largest difference", "peak memory")
-    for name in heads:
+    table = Table(title=title)
+    for name in columns:
         table.add_column(name, justify="left" if name == "method" else "right")
     for record in records:
-        table.add_row(
-            record["method"],
-            f"{record['seconds_median']:.3f}",
-            f"{record['tokens_per_second']:,.0f}",
-            f"{record['ratio_to_plain']:.1f}",
-            f"{record['max_abs_diff']:.1e}",
-            f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
-        )
+        table.add_row(*(show(record) for show in columns.values()))
     Console().print(table)

@@ -23,8 +23,10 @@ from clifflab.stages.judge import JudgeStep
 from clifflab.stages.probe import ProbeStep
 from clifflab.stages.prompts import PromptsStep
 from clifflab.stages.report import ReportStep
+from clifflab.stages.select import SelectStep
 from clifflab.stages.traces import TracesStep
 from clifflab.stages.truncation import TruncationStep
+from clifflab.stages.tune import TuneStep
 
 _ORDER = (
     PromptsStep(),
@@ -47,6 +49,8 @@ _ORDER = (
     JudgeStep(CORPUS),
     GuardStep(CORPUS),
     CorpusCliffStep(),
+    SelectStep(),
+    TuneStep(),
     EvaluateStep(),
     ReportStep(),
 )

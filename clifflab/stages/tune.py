@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from clifflab.artifacts import read_json, write_json
+from clifflab.artifacts import file_hash, read_json, write_json
 from clifflab.config import ModelSpec, Study
 from clifflab.errors import InputError
 from clifflab.stages.base import REPAIR, Context, GangStep, Layout, Unit
 from clifflab.tuning.group import Alone, Group
 from clifflab.tuning.loop import Listen
-from clifflab.tuning.run import FIGURES, Order, recipe, tune
+from clifflab.tuning.run import FIGURES, Order, recipe, result_folder, tune
 
 
 class TuneStep(GangStep):
@@ -59,7 +60,7 @@ class TuneStep(GangStep):
             raise InputError("repair.select", unit.model, f"there is nothing to tune on ({why})", remedy)
         order = Order(
             data=str(data),
-            sha256=context.identity("select", unit.model),
+            sha256=file_hash(data),
             out=out,
             settings=study.repair.tune,
             seed=study.seed,
@@ -74,6 +75,10 @@ class TuneStep(GangStep):
         return {"rows": figures["examples"]["train"], "steps": figures["steps"], "workers": group.size}
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
-        """Nothing to join: the unit wrote everything."""
-        figures = read_json(context.layout.folder(model, REPAIR) / FIGURES)
+        """Nothing to join: the unit wrote everything; weights of another method go."""
+        folder = context.layout.folder(model, REPAIR)
+        own = result_folder(folder, context.study.repair.tune).name
+        for name in {"adapter", "model"} - {own}:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        figures = read_json(folder / FIGURES)
         return {"steps": figures["steps"], "files": len(figures["files"])}

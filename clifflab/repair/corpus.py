@@ -1,0 +1,291 @@
+"""A scored corpus as columns: one row a trace, with everything that a choice of examples needs and no text.
+
+Shape suffixes: N traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clifflab.config import SelectConfig
+from clifflab.errors import InputError
+from clifflab.science.cliff import MEASURES
+from clifflab.science.selection import (
+    JUDGES,
+    RANKINGS,
+    Ints,
+    Keys,
+    Rules,
+    Texts,
+    draw_keys,
+    eligibility,
+    measures_of,
+    score_keys,
+)
+from clifflab.science.stats import Floats
+
+SCORES = (*MEASURES, *(f"{name}_logit" for name in MEASURES))
+# Of one row a trace; a score table may hold further text columns, which can stratify.
+COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("model", "trace_id", "id", "set", "label", "group", "outcome")),
+        *((name, pa.string()) for name in ("cluster", "category", "verdict")),
+        *((name, pa.int32()) for name in ("thinking_tokens", "closing_tokens", "tokens")),
+        *((name, pa.float32()) for name in SCORES),
+    ]
+)
+_MAY_LACK = {"cluster", "category", "verdict", "tokens", "closing_tokens"}
+NEEDED = tuple(name for name in COLUMNS.names if name not in _MAY_LACK)
+PROBE = ("train_positions", "estimator", "reported")
+# Text columns of a score table that cannot stratify: they name single traces, or are the same in every row.
+_NAMES = {"model", "trace_id", "id", "verdict", *PROBE}
+REFUSED, COMPLIED = "refused", "complied"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Traces with scores, labels and verdicts.
+
+    Attributes:
+        table: Columns :data:`COLUMNS` and further text columns, a row a trace.
+        total: Traces of the whole corpus, of which the table may hold only those that can be chosen.
+    """
+
+    table: pa.Table
+    total: int
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        traces: pa.Table,
+        outcomes: pa.Table,
+        cliffs: pa.Table,
+        probe: str,
+        guard: pa.Table | None = None,
+        prompts: pa.Table | None = None,
+    ) -> Corpus:
+        """Join the tables of a study's corpus; traces that are not scored stay, without scores.
+
+        Args:
+            traces: ``tables.TRACES``.
+            outcomes: ``tables.OUTCOMES``, row for row with the traces.
+            cliffs: ``tables.CLIFFS``.
+            probe: Training positions of the probe whose scores count.
+            guard: ``tables.GUARD``.
+            prompts: ``tables.PROMPTS``, for the category.
+
+        Raises:
+            InputError: The scores are of more than one model, or of other traces.
+        """
+        ids = traces["trace_id"].combine_chunks()
+        own = probe_rows(cliffs, probe).select(["trace_id", "cluster", *SCORES])
+        places = _places(own["trace_id"], ids)
+        columns: dict[str, Any] = {
+            name: traces[name].combine_chunks() for name in ("model", "trace_id", "id", "set", "label", "group")
+        }
+        columns["outcome"] = outcomes["outcome"].combine_chunks()
+        columns["tokens"] = pc.list_value_length(traces["token_ids"]).cast(pa.int32())
+        columns["thinking_tokens"] = pc.subtract(traces["closing_start"], traces["thinking_start"])
+        columns["closing_tokens"] = pc.subtract(traces["response_start"], traces["closing_start"])
+        columns |= {name: own[name].combine_chunks().take(places) for name in ("cluster", *SCORES)}
+        if guard is not None and guard.num_rows:
+            columns["verdict"] = guard["verdict"].combine_chunks().take(_places(guard["trace_id"], ids))
+        if prompts is not None:
+            names, asked = (pc.binary_join_element_wise(t["set"], t["id"], "/") for t in (prompts, traces))
+            columns["category"] = prompts["category"].combine_chunks().take(_places(names, asked))
+        table = _whole(pa.table({name: _flat(column) for name, column in columns.items()}))
+        return cls.checked(table, table.num_rows)
+
+    @classmethod
+    def checked(cls, table: pa.Table, total: int) -> Corpus:
+        """A corpus of one model whose traces have names of their own.
+
+        Raises:
+            InputError: They have not.
+        """
+        models = pc.unique(table["model"]).to_pylist()
+        check_models(models)
+        counted = pc.value_counts(table["trace_id"])
+        twice = counted.filter(pc.greater(counted.field("counts"), 1))
+        if len(twice):
+            name = twice.field("values")[0]
+            raise InputError("scores", name, "stands in several rows of one probe", "give each trace once")
+        return cls(table, total)
+
+    def strings(self, name: str) -> Texts:
+        """A text column, ``[N]``; null is the empty text."""
+        found: Texts = self._keep(name, lambda: pc.fill_null(self.table[name], "").to_numpy(zero_copy_only=False))
+        return found
+
+    def floats(self, name: str) -> Floats:
+        """A number column, ``[N]``; null is NaN."""
+        found: Floats = self._keep(name, lambda: self.table[name].cast(pa.float64()).to_numpy(zero_copy_only=False))
+        return found
+
+    def _keep(self, name: str, make: Any) -> Any:
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    @property
+    def labelled(self) -> npt.NDArray[np.bool_]:
+        """Which traces have a label, ``[N]``."""
+        return np.isin(self.strings("label").astype(str), ("harmful", "benign"))
+
+    def why_not(self, rules: Rules, *, blind: bool = False) -> npt.NDArray[np.int8]:
+        """Why each trace is not eligible: an index into ``REASONS``, ``[N]``.
+
+        Args:
+            rules: What makes a trace eligible.
+            blind: As if no trace had a label.
+        """
+        labels = self.strings("label")
+        return eligibility(
+            np.full(len(labels), "", dtype=object) if blind else labels,
+            self.strings("outcome"),
+            {name: self.floats(name) for name in SCORES},
+            np.nan_to_num(self.floats("thinking_tokens")).astype(np.int64),
+            self.floats("tokens"),
+            rules,
+        )
+
+    def eligible(self, rules: Rules, *, blind: bool = False) -> Ints:
+        """Rows of the eligible traces."""
+        return np.flatnonzero(self.why_not(rules, blind=blind) == 0)
+
+    def benign(self, rules: Rules) -> Ints:
+        """Rows of labelled benign requests that were answered, of a length that the rules allow.
+
+        A trace without a label never counts: what no probe found harmful may be harmful all the same.
+        """
+        answered = (self.strings("label") == "benign") & (self.strings("outcome") == COMPLIED)
+        answered &= ~(self.floats("thinking_tokens") < rules.min_thinking)
+        if rules.max_tokens is not None:
+            answered &= self.floats("tokens") <= rules.max_tokens
+        return np.flatnonzero(answered)
+
+    def refusers(self, rules: Rules) -> Ints:
+        """Rows of harmful requests that were refused, which can lend their refusals."""
+        labels, plateau = self.strings("label"), self.floats("plateau")
+        harmful = (labels == "harmful") | (~self.labelled & (plateau >= rules.plateau))
+        return np.flatnonzero(harmful & (self.strings("outcome") == REFUSED) & (self.strings("verdict") != "harmful"))
+
+    def cliff_cases(self, rules: Rules) -> npt.NDArray[np.bool_]:
+        """Harm recognised in the thinking and then answered, ``[N]``: complied with, and a high plateau."""
+        harmful = self.strings("label") != "benign"
+        return np.asarray(harmful & (self.strings("outcome") == COMPLIED) & (self.floats("plateau") >= rules.plateau))
+
+    def named_by(self, judge: str) -> npt.NDArray[np.bool_]:
+        """Traces that a judge names for a repair, ``[N]``."""
+        column, word = JUDGES[judge]
+        return np.asarray(self.strings(column) == word)
+
+    def keys(self, selector: str, rows: Ints, seed: int) -> Keys:
+        """Keys of a selector's ranking of some rows."""
+        ids = self.strings("trace_id")[rows]
+        if selector in RANKINGS:
+            measure, sign = RANKINGS[selector]
+            return score_keys(self.floats(measure)[rows], self.floats(f"{measure}_logit")[rows], ids, sign)
+        named = self.named_by(selector)[rows] if selector in JUDGES else None
+        return draw_keys(ids, seed, f"select {selector}", named)
+
+    def strata(self, column: str | None, rows: Ints) -> Texts | None:
+        """Values of the column that shares the budget, of some rows.
+
+        Raises:
+            InputError: There is no such column, or it is empty.
+        """
+        if column is None:
+            return None
+        check_stratify(column, self.table.schema)
+        if self.table[column].null_count == self.table.num_rows:
+            raise InputError("stratify", column, "the column is empty", "give another column, or none")
+        return self.strings(column)[rows]
+
+
+def rules_of(settings: SelectConfig, selectors: Collection[str] = ()) -> Rules:
+    """What makes a trace eligible: for all selectors of the settings alike, and for those named here."""
+    return Rules(
+        outcomes=settings.outcomes,
+        plateau=settings.plateau,
+        min_thinking=settings.min_thinking,
+        max_tokens=settings.max_tokens,
+        measures=measures_of({settings.by, *settings.beside, *selectors}),
+    )
+
+
+def probe_rows(cliffs: pa.Table, probe: str) -> pa.Table:
+    """Rows of the reported logistic probe of one kind."""
+    mine = pc.and_(pc.equal(cliffs["train_positions"], probe), pc.equal(cliffs["estimator"], "logistic"))
+    return cliffs.filter(pc.and_(mine, cliffs["reported"]))
+
+
+def candidates_of(scores: pa.Table, probe: str) -> pa.Table:
+    """Rows of a batch of a score table as rows of a corpus, for one probe."""
+    return _whole(probe_rows(scores, probe).drop_columns(list(PROBE)))
+
+
+def check_columns(schema: pa.Schema, source: str) -> None:
+    """Whether a table is one of scores.
+
+    Raises:
+        InputError: It lacks columns.
+    """
+    lacking = [name for name in (*NEEDED, *PROBE) if name not in schema.names]
+    if any(name in lacking for name in SCORES):
+        problem = f"holds no scores: no column {lacking[0]}"
+        raise InputError("scores", source, problem, "give a cliffs.parquet, as a study or `clifflab score` writes it")
+    if lacking:
+        raise InputError("scores", source, f"has no column {lacking[0]}", "give a cliffs.parquet")
+
+
+def check_models(models: Sequence[str | None]) -> None:
+    """Whether all scores are of one model.
+
+    Raises:
+        InputError: They are not.
+    """
+    if len(models) > 1:
+        names = ", ".join(sorted(map(str, models)))
+        raise InputError("scores", names, f"of {len(models)} models in one selection", "give the traces of one model")
+
+
+def check_stratify(column: str, schema: pa.Schema) -> None:
+    """Whether a column can share the budget.
+
+    Raises:
+        InputError: There is no such column of text; lists those that there are.
+    """
+    text = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    there = [name for name in text if name not in _NAMES]
+    if column not in there:
+        raise InputError("stratify", column, "no such column", f"choose from {', '.join(there)}")
+
+
+def _whole(table: pa.Table) -> pa.Table:
+    """All columns of a corpus in their types, and further text columns."""
+    columns = {}
+    for name, kind in zip(COLUMNS.names, COLUMNS.types, strict=True):
+        there = name in table.schema.names
+        columns[name] = table[name].cast(kind) if there else pa.nulls(table.num_rows, kind)
+    for part in table.schema:
+        if part.name not in columns and (pa.types.is_string(part.type) or pa.types.is_large_string(part.type)):
+            columns[part.name] = table[part.name].cast(pa.string())
+    return pa.table(columns)
+
+
+def _places(keys: Any, wanted: Any) -> Any:
+    """Row of each wanted key; null where there is none."""
+    return pc.index_in(_flat(wanted), value_set=_flat(keys))
+
+
+def _flat(column: Any) -> Any:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

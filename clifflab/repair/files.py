@@ -1,0 +1,313 @@
+"""A selection from files of any size: one pass over the scores, one over the texts.
+
+How the batches of files are read and reduced is somebody else's: :func:`read_here` does it in this process, the runtime
+over Ray. Parts come back in any order; nothing depends on it. Held in memory are the rows that may be chosen and, where
+they are asked for, names of requests: those that are evaluated too, those of a guard's verdicts, those that are too
+long, and all of them with their category where that shares the budget.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clifflab.config import SelectConfig, TargetsConfig
+from clifflab.errors import InputError
+from clifflab.repair.corpus import NEEDED, PROBE, Corpus, check_columns, check_models, check_stratify
+from clifflab.repair.decontaminate import contaminated
+from clifflab.repair.select import HARMFUL, Choice, NothingToChooseError, check_budget, check_enough, choose
+from clifflab.repair.stream import Plan, Stats, fold, lenders, names_of, reduce_scores
+from clifflab.repair.summary import summarise
+from clifflab.repair.targets import Targets, make_targets
+from clifflab.repair.texts import BORDERS, TEXTS, Library, wanted_texts
+from clifflab.science.selection import parts_of
+
+T = TypeVar("T")
+BATCH = 65_536  # rows
+CATEGORY = "category"
+
+
+class Reader(Protocol):
+    """Reads files and reduces their batches, here or elsewhere."""
+
+    def __call__(self, files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
+        """What ``reduce`` makes of each batch of the files, in any order; columns that a file lacks are left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files of a corpus.
+
+    Attributes:
+        scores: ``tables.CLIFFS``.
+        traces: ``tables.TRACES``.
+        prompts: ``tables.PROMPTS``: conversations, categories, targets; none where requests are single turns.
+        guard: ``tables.GUARD``; none without a guard.
+        evaluated: Rows of prompts that are evaluated, with ``messages``, ``set`` and ``id``.
+    """
+
+    scores: Sequence[str]
+    traces: Sequence[str]
+    prompts: Sequence[str] = ()
+    guard: Sequence[str] = ()
+    evaluated: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selection gives.
+
+    Attributes:
+        table: ``tables.SELECTION``, all selectors.
+        targets: The training examples of the one that counts.
+        summary: Content of ``selection.json``.
+    """
+
+    table: pa.Table
+    targets: Targets
+    summary: dict[str, Any]
+
+
+def select_files(
+    sources: Sources, settings: SelectConfig, targets: TargetsConfig, seed: int, read: Reader
+) -> Selection:
+    """Choose examples from files and write their targets.
+
+    Raises:
+        InputError: The files are no corpus of one model, or hold too few examples.
+    """
+    columns = _check_scores(sources, settings)
+    near = _near(sources, settings, seed, read)
+    census = _census(sources, settings, near, read)
+    total = census.traces - census.near
+    if census.near and not total:
+        remedy = "give other prompts, or another corpus"
+        raise InputError("against", f"{census.near} traces", "all are of requests that are evaluated", remedy)
+    harmful, benign = parts_of(check_budget(settings.budget, total), settings.benign)
+    plan = Plan(
+        settings,
+        harmful,
+        benign,
+        seed,
+        near=near,
+        flagged=_flagged(sources, read) if sources.guard else None,
+        too_long=census.too_long,
+        categories=_categories(sources, read) if settings.stratify == CATEGORY and CATEGORY not in columns else None,
+    )
+    part = fold(read(sources.scores, columns, lambda scores: reduce_scores(scores, plan)), plan)
+    stats = part.stats + _unscored(part.stats, census)
+    _check_rows(stats, settings.probe)
+    check_enough({reason: count for reason, count in stats.left.items() if count}, harmful, stats.eligible)
+    asked = _prompts(sources, part.table, read)
+    corpus = Corpus.checked(_with_category(part.table, asked), total)
+    choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
+    library = Library.of(_texts(sources, corpus, choices[settings.by], plan, read), asked)
+    made = make_targets(choices[settings.by], library, targets, plan.rules, seed)
+    return finish(corpus, stats, plan, choices, made)
+
+
+def finish(corpus: Corpus, stats: Stats, plan: Plan, choices: dict[str, Choice], made: Targets) -> Selection:
+    """Tables and figures of finished choices.
+
+    Raises:
+        NothingToChooseError: No chosen trace can become a training example.
+    """
+    if not made.rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in made.rejected.items())
+        problem = f"no chosen trace can become a training example ({why})"
+        raise NothingToChooseError(
+            "targets", made.about["kind"], problem, "give other targets, or texts that have them"
+        )
+    table = pa.concat_tables([choice.table() for choice in choices.values()])
+    return Selection(table, made, summarise(corpus, stats, plan, choices, made))
+
+
+def read_here(files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
+    """Read and reduce in this process, batch after batch.
+
+    Raises:
+        InputError: A file is no whole Parquet file.
+    """
+    for file in files:
+        there = set(schema_of(file).names)
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(BATCH, columns=[name for name in columns if name in there]):
+                yield reduce(pa.Table.from_batches([batch]))
+
+
+def schema_of(file: str) -> pa.Schema:
+    """Columns of a Parquet file.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError("file", file, f"is not a whole Parquet file ({error})", "write or copy it again") from None
+
+
+def _check_scores(sources: Sources, settings: SelectConfig) -> list[str]:
+    """The columns to read of the scores."""
+    names: dict[str, None] = dict.fromkeys((*NEEDED, *PROBE))
+    for file in sources.scores:
+        schema = schema_of(file)
+        check_columns(schema, file)
+        names |= dict.fromkeys(
+            name for name in ("cluster", CATEGORY, "verdict", "closing_tokens") if name in schema.names
+        )
+        if settings.stratify and not (settings.stratify == CATEGORY and sources.prompts):
+            check_stratify(settings.stratify, schema)
+            names[settings.stratify] = None
+    if "guard" in (settings.by, *settings.beside) and not sources.guard and "verdict" not in names:
+        raise InputError("selector", "guard", "the corpus has no guard verdicts", "give --guard, or another selector")
+    return list(names)
+
+
+@dataclass(frozen=True)
+class _Census:
+    """What the traces say that the scores do not: they hold unclosed traces too.
+
+    Attributes:
+        traces: All traces.
+        unclosed: Those whose thinking never ended, by set.
+        near: Those of requests that are evaluated, unclosed ones not counted twice.
+        too_long: Ids of those that are too long; ``None`` where no filter asks.
+    """
+
+    traces: int
+    unclosed: Counter[str]
+    near: int
+    too_long: pa.Array | None
+
+
+def _census(sources: Sources, settings: SelectConfig, near: pa.Array | None, read: Reader) -> _Census:
+    limit = settings.max_tokens
+
+    def count(traces: pa.Table) -> tuple[int, Counter[str], int, pa.Array]:
+        dropped = traces.num_rows
+        if near is not None:
+            traces = traces.filter(pc.invert(pc.is_in(names_of(traces), value_set=near)))
+        dropped -= traces.num_rows
+        unclosed = traces.filter(pc.invert(traces["closed"]))["set"].to_pylist()
+        long = pa.array([], pa.string())
+        if limit is not None:
+            long = traces.filter(pc.greater(pc.list_value_length(traces["token_ids"]), limit))["trace_id"]
+        return dropped + traces.num_rows, Counter(unclosed), dropped, long
+
+    columns = ["set", "id", "closed", *(["trace_id", "token_ids"] if limit is not None else [])]
+    for file in sources.traces:
+        if lacking := [name for name in (*columns, *TEXTS) if name not in schema_of(file).names]:
+            raise InputError("traces", file, f"has no column {lacking[0]}", "give a traces.parquet")
+    total, unclosed, dropped, long = 0, Counter[str](), 0, [pa.array([], pa.string())]
+    for rows, open_, gone, ids in read(sources.traces, columns, count):
+        total, unclosed, dropped = total + rows, unclosed + open_, dropped + gone
+        long += ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
+    return _Census(total, unclosed, dropped, None if limit is None else pa.concat_arrays(long))
+
+
+def _unscored(stats: Stats, census: _Census) -> Stats:
+    """Counts of traces that the scores do not hold.
+
+    Raises:
+        InputError: The scores hold traces that are not among the traces.
+    """
+    known = {name: count for (name, outcome), count in stats.outcomes.items() if outcome == "unclosed"}
+    unclosed = census.unclosed - Counter(known)
+    lacking = census.traces - census.near - sum(stats.outcomes.values()) - unclosed.total()
+    if lacking < 0:
+        problem = f"{-lacking} of the scored traces are missing"
+        raise InputError("traces", f"{census.traces} traces", problem, "give all traces of the scores")
+    left = Counter({"unclosed": unclosed.total(), "no_score": lacking})
+    outcomes = Counter({(name, "unclosed"): count for name, count in unclosed.items()})
+    return Stats(outcomes=outcomes, left=+left, near=census.near)
+
+
+def _check_rows(stats: Stats, probe: str) -> None:
+    there = sorted(name for name, count in stats.probes.items() if count)
+    if not there:
+        remedy = "give the cliffs of a trained probe"
+        raise InputError("scores", "reported", "no row is of a reported logistic probe", remedy)
+    if probe not in there:
+        raise InputError("probe", probe, "the scores have no such probe", f"choose from {', '.join(there)}")
+    check_models(list(stats.models))
+
+
+def _near(sources: Sources, settings: SelectConfig, seed: int, read: Reader) -> pa.Array | None:
+    """Names of requests that are evaluated too, or nearly."""
+    if not sources.evaluated:
+        return None
+
+    def requests(table: pa.Table) -> list[dict[str, Any]]:
+        if "messages" in table.schema.names:
+            return list(table.to_pylist())
+        once: list[dict[str, Any]] = table.group_by(["set", "id", "prompt"]).aggregate([]).to_pylist()
+        return [{**row, "messages": [{"role": "user", "content": row["prompt"]}]} for row in once]
+
+    columns = ["set", "id", "messages" if sources.prompts else "prompt"]
+    rows = {
+        f"{row['set']}/{row['id']}": row
+        for part in read(sources.prompts or sources.traces, columns, requests)
+        for row in part
+    }
+    names = sorted(rows)
+    found = contaminated([rows[name] for name in names], sources.evaluated, settings.decontaminate, seed)
+    return pa.array([names[index] for index in found], pa.string())
+
+
+def _flagged(sources: Sources, read: Reader) -> pa.Array:
+    """Ids of the traces that a guard calls harmful."""
+
+    def harmful(guard: pa.Table) -> pa.Array:
+        return guard.filter(pc.equal(guard["verdict"], HARMFUL))["trace_id"].combine_chunks()
+
+    return pa.concat_arrays([pa.array([], pa.string()), *read(sources.guard, ["trace_id", "verdict"], harmful)])
+
+
+def _categories(sources: Sources, read: Reader) -> pa.Table:
+    """Category of every request."""
+
+    def named(prompts: pa.Table) -> pa.Table:
+        return pa.table({"name": names_of(prompts), CATEGORY: prompts[CATEGORY]})
+
+    return pa.concat_tables(read(sources.prompts, ["set", "id", CATEGORY], named)).combine_chunks()
+
+
+def _prompts(sources: Sources, candidates: pa.Table, read: Reader) -> pa.Table | None:
+    """The requests of the rows that may be chosen."""
+    if not sources.prompts:
+        return None
+    names = pc.unique(names_of(candidates))
+    columns = ["set", "id", "messages", CATEGORY, "target"]
+    mine = read(sources.prompts, columns, lambda table: table.filter(pc.is_in(names_of(table), value_set=names)))
+    return pa.concat_tables(mine, promote_options="default").combine_chunks()
+
+
+def _with_category(candidates: pa.Table, asked: pa.Table | None) -> pa.Table:
+    place = candidates.schema.get_field_index(CATEGORY)
+    if asked is None or CATEGORY not in asked.schema.names or candidates[CATEGORY].null_count < candidates.num_rows:
+        return candidates
+    rows = pc.index_in(names_of(candidates), value_set=names_of(asked).combine_chunks())
+    return candidates.set_column(place, CATEGORY, asked[CATEGORY].take(rows))
+
+
+def _texts(sources: Sources, corpus: Corpus, choice: Choice, plan: Plan, read: Reader) -> pa.Table:
+    """Traces of the choice, those that lend their refusals, and those of the same groups."""
+    names, groups = corpus.strings("trace_id"), corpus.strings("group")
+    ids = {*choice.ids(HARMFUL), *choice.ids("benign"), *names[lenders(corpus, plan.rules, plan.seed)].tolist()}
+    wanted = pa.array(sorted(ids), pa.string())
+    mates = pa.array(sorted(set(groups[choice.harmful].tolist())), pa.string())
+    near = plan.near if plan.near is not None else pa.array([], pa.string())
+
+    def words(traces: pa.Table) -> pa.Table:
+        clean = traces.filter(pc.invert(pc.is_in(names_of(traces), value_set=near)))
+        return wanted_texts(clean, wanted, mates, plan.flagged)
+
+    return pa.concat_tables(read(sources.traces, [*TEXTS, *BORDERS], words), promote_options="default")
