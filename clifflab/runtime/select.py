@@ -44,7 +44,7 @@ class RayReader:
         """What ``reduce`` makes of each batch, in any order."""
         if sum(os.stat(file).st_size for file in files) <= self._small:
             return read_here(files, columns, reduce)
-        from clifflab.runtime.actors import start_ray
+        from clifflab.runtime.local import start_ray
 
         self._started |= start_ray(self._settings)
         return _read(files, columns, reduce)
