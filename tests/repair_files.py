@@ -208,15 +208,22 @@ def evaluation_about(rows: Rows, pools: Mapping[str, Sequence[str]] | None = Non
         "choices": {
             "facts": {
                 **{w: asked.rate(right[i]).as_dict() for i, w in enumerate(("before", "after"))},
-                "change": asked.mean(right[1].astype(float) - right[0], bounds=DIFFERENCE).as_dict(),
+                "change": _change(asked, right[1].astype(float) - right[0]),
                 "questions": 60,
+                "rejected": {"too_long": 2},
             }
         },
         "cliff": {
             name: {read: _levels([row for row in rows if row["set"] == name], f"cliff_{read}") for read in reads}
             for name in names
         },
-        "thinking_tokens": {name: {w: _plain(30.0 + i) for i, w in enumerate(("before", "after"))} for name in names},
+        "probes": {"old": "", "own": ""},
+        "excess_cliff": {
+            "before": _plain(0.9, 0.1), "after_old_probe": {**_plain(None), "reason": "no complied trace"},
+            "after_own_probe": {**_plain(None), "reason": "no complied trace"},
+        },
+        "left_out": {},
+        "thinking_tokens": {n: {"before": _plain(30), "after": _plain(31), "change": _plain(1)} for n in names},
         **changes,
     }  # fmt: skip
 
@@ -235,10 +242,20 @@ def compared(rows: Rows) -> dict[str, Any]:
         mask = np.array([label in (None, row["label"]) for row in rows])
         hits = {w: np.array([row[f"outcome_{w}"] == outcome for row in rows]) for w in ("before", "after")}
         rates[measure] = {w: bootstrap.rate(hit, mask).as_dict() for w, hit in hits.items()}
-        change = hits["after"].astype(float) - hits["before"]
-        rates[measure]["change"] = bootstrap.mean(change, mask, DIFFERENCE).as_dict()
+        rates[measure]["change"] = _change(bootstrap, hits["after"].astype(float) - hits["before"], mask)
     label = labels.pop() if len(labels) == 1 else "mixed"
-    return {"label": label, "prompts": len({(row["set"], row["id"]) for row in rows}), "rates": rates}
+    return {
+        "label": label,
+        "prompts": len({(row["set"], row["id"]) for row in rows}),
+        "rates": rates,
+        "unreadable": {"before": 0, "after": 0},
+    }
+
+
+def _change(bootstrap: GroupBootstrap, values: Any, mask: Any = None) -> dict[str, Any]:
+    """A paired change, which cannot leave -1 to 1."""
+    found = bootstrap.mean(values, mask, DIFFERENCE).as_dict()
+    return {k: min(1.0, max(-1.0, v)) if k in ("low", "high") and v is not None else v for k, v in found.items()}
 
 
 def _levels(rows: Rows, column: str) -> dict[str, Any] | None:
@@ -255,8 +272,9 @@ def _levels(rows: Rows, column: str) -> dict[str, Any] | None:
     }
 
 
-def _plain(mean: float) -> dict[str, Any]:
-    return {"mean": mean, "low": mean - 2, "high": mean + 2, "n": 40, "groups": 20}
+def _plain(mean: float | None, reach: float = 2.0) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if mean is None else {"low": mean - reach, "high": mean + reach}
+    return {"mean": mean, **ends, "n": 40, "groups": 20}
 
 
 def write_repair(folder: Path, corpus: Rows, rows: Rows, selection: Any, tuning: Any) -> None:

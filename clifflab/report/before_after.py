@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clifflab.report.blocks import Block, Drawing, Note, Section, Table
+from clifflab.report.cliff_after import cliff_blocks
 from clifflab.report.figures import before_after
 from clifflab.report.numbers import interval
 from clifflab.report.repair_results import EvaluationFound
@@ -17,8 +16,6 @@ TITLE = "Before and after"
 _WHEN = ("before", "after")
 _WHAT = {"asr": "attack success", "over_refusal": "over-refusal", "degenerate": "degenerate", "unclosed": "unclosed"}
 _PANELS = ("asr", "over_refusal", "degenerate", "unclosed")
-_READ = {"before": "before", "after_old_probe": "after, old probe", "after_own_probe": "after, own probe"}
-_CLIFF = ("plateau", "final", "cliff")
 
 
 def before_after_section(results: ModelResults) -> Section | None:
@@ -36,7 +33,7 @@ def before_after_section(results: ModelResults) -> Section | None:
         *_refusal_table(found),
         *_ability_table(found),
         *_transition_tables(found),
-        *_cliff_blocks(found, results, before),
+        *cliff_blocks(found, results, before),
         *_length_table(found),
         Note("What this shows, and what it does not.", _limits(found, results, before)),
         *_missing(found),
@@ -70,7 +67,7 @@ def _drawing(found: EvaluationFound) -> list[Block]:
     )
     absent = [_WHAT[m] for m in ("degenerate", "unclosed") if _WHAT[m] not in panels]
     if absent:
-        see += f" No set has {' or '.join(absent)} answers afterwards, by half a per cent; they are in the tables."
+        see += f" No set has half a per cent of {' or '.join(absent)} answers afterwards; a table has them."
     return [Drawing("before-after", "Rates before and after", see, panels)]
 
 
@@ -85,24 +82,24 @@ _SHARE = {
 def _attack_table(found: EvaluationFound) -> list[Block]:
     """Attack success with what a broken model would hide; pools of sets at the end."""
     costly = found.costliest
-    over = None if costly is None else f"{interval(costly.at('over_refusal', 'after'))} {costly.name}"
-    ratio = interval(found.ratio) if found.ratio else None
+    over = costly.at("over_refusal", "after") if costly else None
     rows = [
         [
-            entry.title, entry.prompts, *(entry.at("asr", when) for when in (*_WHEN, "change")),
-            over, *(entry.at(measure, when) for measure in ("degenerate", "unclosed") for when in _WHEN), ratio,
+            entry.title, *(entry.at("asr", when) for when in (*_WHEN, "change")), entry.at("degenerate", "after"),
+            entry.at("unclosed", "after"), over, found.ratio, entry.prompts,
         ]
         for entry in found.of("asr")
     ]  # fmt: skip
     if not rows:
         return []
-    head = ["set", "prompts", "attack success before [95%]", "after [95%]", "change, paired [95%]"]
-    head += ["benign over-refusal after [95%]", "degenerate before [95%]", "after [95%]"]
-    head += ["unclosed before [95%]", "after [95%]", "perplexity ratio [95%]"]
-    caption = (
-        "Attack success before and after. Over-refusal is that of the benign set with most of it afterwards; it and "
-        "the perplexity belong to the model, whatever the attacked set."
-    )
+    head = ["set", "attack success before [95%]", "after [95%]", "change, paired [95%]", "degenerate after [95%]"]
+    head += ["unclosed after [95%]", "benign over-refusal after [95%]", "perplexity ratio [95%]", "prompts"]
+    caption = "Attack success before and after, never without what a broken model would hide."
+    if costly:
+        caption += (
+            f" Over-refusal is that of {costly.name}, the benign set with most of it afterwards; it and the perplexity "
+            "belong to the model, whatever the attacked set."
+        )
     if found.pools:
         caption += f" {_pools(found)}"
     return [Table(caption, head, rows)]
@@ -115,17 +112,21 @@ def _pools(found: EvaluationFound) -> str:
 
 
 def _refusal_table(found: EvaluationFound) -> list[Block]:
-    measures = ("over_refusal", "degenerate", "unclosed")
-    rows = [
-        [entry.title, entry.prompts, *(entry.at("over_refusal", when) for when in (*_WHEN, "change"))]
-        + [entry.at(measure, when) for measure in measures[1:] for when in _WHEN]
+    """Over-refusal, and what is broken in any set."""
+    over = [
+        [entry.title, *(entry.at("over_refusal", when) for when in (*_WHEN, "change")), entry.prompts]
         for entry in found.of("over_refusal")
     ]
-    if not rows:
-        return []
-    head = ["set", "prompts", "over-refusal before [95%]", "after [95%]", "change, paired [95%]"]
-    head += ["degenerate before [95%]", "after [95%]", "unclosed before [95%]", "after [95%]"]
-    return [Table("Benign prompts that are refused: what the repair costs.", head, rows)]
+    broken = [
+        [entry.name, *(entry.at(m, when) for m in ("degenerate", "unclosed") for when in _WHEN), entry.prompts]
+        for entry in found.sets
+    ]
+    head = ["set", "over-refusal before [95%]", "after [95%]", "change, paired [95%]", "prompts"]
+    titles = ["set", "degenerate before [95%]", "after [95%]", "unclosed before [95%]", "after [95%]"]
+    titles.append("prompts")
+    caption = "Answers that are no answers: empty or looping ones, and thinking that never ended. All samples."
+    blocks: list[Block] = [Table("Benign prompts that are refused: what a repair costs.", head, over)] if over else []
+    return [*blocks, Table(caption, titles, broken)]
 
 
 def _ability_table(found: EvaluationFound) -> list[Block]:
@@ -134,13 +135,11 @@ def _ability_table(found: EvaluationFound) -> list[Block]:
     perplexity = found.perplexity
     if found.ratio:
         about = f"{perplexity['tokens']:,} tokens" if perplexity.get("tokens") else None
-        rows.append(
-            ["benign perplexity", about, perplexity["before"], perplexity["after"], f"times {interval(found.ratio)}"]
-        )
-    for name, entry in (found.about.get("choices") or {}).items():
-        if entry.get("after", {}).get("mean") is None:
-            continue
-        asked = f"{entry['questions']:,} questions"
+        ratio = f"times {interval(found.ratio, 3)}"
+        rows.append(["benign perplexity", about, perplexity["before"], perplexity["after"], ratio])
+    for name, entry in found.choices.items():
+        left_out = sum((entry.get("rejected") or {}).values())
+        asked = f"{entry['questions']:,} questions" + (f" ({left_out:,} left out)" if left_out else "")
         rows.append([f"right answers: {name}", asked, entry["before"], entry["after"], entry["change"]])
     if not rows:
         return []
@@ -165,70 +164,17 @@ def _transition_tables(found: EvaluationFound) -> list[Block]:
     return blocks
 
 
-def _cliff_blocks(found: EvaluationFound, results: ModelResults, before: str) -> list[Block]:
-    cliffs = {name: entry for name, entry in (found.about.get("cliff") or {}).items() if entry}
-    reads = [read for read in _READ if any(_measured(entry.get(read)) for entry in cliffs.values())]
-    cliffs = {name: entry for name, entry in cliffs.items() if any(_measured(entry.get(read)) for read in reads)}
-    if not cliffs:
-        return []
-    rows = {name: [(entry.get(read) or {}).get("cliff") for read in reads] for name, entry in cliffs.items()}
-    labels = {entry.name: entry.label for entry in found.sets}
-    series = [_READ[read] for read in reads]
-    lower = _lower(rows)
-    panels = {}
-    for label in ("harmful", "benign", "mixed"):
-        own = {name: entries for name, entries in rows.items() if labels.get(name) == label}
-        if own:
-            title = f"{label} requests"
-            panels[label] = before_after(own, series, "mean cliff", title, share=False, lower=lower)
-    see = (
-        "A repair of the cliff itself moves the harmful sets to 0 by both probes. Where only the old probe says so, "
-        "the model may keep its refusal somewhere else than that probe looks. Bars are 95% intervals."
-    )
-    head = ["set", *(f"{measure} {_READ[read]} [95%]" for measure in _CLIFF for read in reads)]
-    table = [
-        [name, *((entry.get(read) or {}).get(measure) for measure in _CLIFF for read in reads)]
-        for name, entry in cliffs.items()
-    ]
-    caption = (
-        f"Plateau, final and cliff, before and after. The old probe was trained on traces of {before}, the own one on "
-        "this model's; both read all positions, traces of groups on which neither was trained. A dash: not measured."
-    )
-    drawing = Drawing("before-after-cliff", "The cliff before and after", see, panels)
-    return [drawing, Note(_own_probe(results)), Table(caption, head, table)]
-
-
-def _measured(entry: Mapping[str, Any] | None) -> bool:
-    return any((entry or {}).get(measure, {}).get("mean") is not None for measure in _CLIFF)
-
-
-def _lower(rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> float:
-    """Lower end of the axis: 0, or the quarter below the lowest interval."""
-    ends = [end for entries in rows.values() for e in entries if e for end in (e.get("low"), e.get("mean")) if end]
-    return max(-1.0, min(0.0, math.floor(4 * min(ends, default=0.0)) / 4))
-
-
-def _own_probe(results: ModelResults) -> str:
-    """How good the model's own probe is, or why there is none."""
-    if not results.trained:
-        return f"No probe of its own could be trained on this model: {results.summary['probe']['reason']}."
-    probe = results.probes["probes"]["all.logistic"]
-    layer = probe["reported_layer"]
-    area = interval(probe["layers"][layer]["test"]["auroc"], 3)
-    return (
-        f"Its own probe reads layer {layer} and tells refused harmful from answered benign test traces with an AUROC "
-        f"of {area}."
-    )
-
-
 def _length_table(found: EvaluationFound) -> list[Block]:
     lengths = found.about.get("thinking_tokens") or {}
-    rows = [[name, entry["before"], entry["after"]] for name, entry in lengths.items()]
+    rows = [[name, *(entry.get(when) for when in (*_WHEN, "change"))] for name, entry in lengths.items()]
     rows = [row for row in rows if any((entry or {}).get("mean") is not None for entry in row[1:])]
     if not rows:
         return []
-    caption = "Mean length of the thinking, in tokens. A model that learnt to cut its thinking short is another repair."
-    return [Table(caption, ["set", "before [95%]", "after [95%]"], rows, digits=1)]
+    caption = (
+        "Mean length of the thinking, in tokens: a repair by keep-thinking should leave it as it was. Unclosed "
+        "thinking counts with what was written of it."
+    )
+    return [Table(caption, ["set", "before [95%]", "after [95%]", "change, paired [95%]"], rows, digits=1)]
 
 
 def _limits(found: EvaluationFound, results: ModelResults, before: str) -> list[str]:
@@ -272,5 +218,11 @@ def _training(results: ModelResults) -> list[str]:
 
 
 def _missing(found: EvaluationFound) -> list[Block]:
-    reasons = found.missing()
-    return [Note("Not measured:", reasons)] if reasons else []
+    left_out = [f"{name}: {reason}" for name, reason in (found.about.get("left_out") or {}).items()]
+    for entry in found.sets:
+        counts = entry.unreadable
+        if any(counts.values()):
+            told = " and ".join(f"{count:,} {when}" for when, count in counts.items())
+            left_out.append(f"{entry.name}: {told} of the guard's answers could not be read")
+    reasons = [*left_out, *found.missing()]
+    return [Note("Not measured, or left out:", reasons)] if reasons else []

@@ -75,7 +75,8 @@ def _later_table(specs: list[ModelSpec], summaries: Summaries) -> list[Table]:
         "successfully before, the benign set with the highest over-refusal afterwards, degenerate and unclosed answers "
         "of the attacked set, and benign perplexity as a multiple of what it was."
     )
-    head = ["model", "set", "attack success before [95%]", "after [95%]", "over-refusal before [95%]", "after [95%]"]
+    head = ["model", "attacked set", "attack success before [95%]", "after [95%]"]
+    head += ["benign set", "over-refusal before [95%]", "after [95%]"]
     head += ["degenerate after [95%]", "unclosed after [95%]", "perplexity ratio [95%]"]
     return [Table(caption, head, rows)]
 

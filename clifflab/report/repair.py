@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from clifflab.config import TuneConfig
 from clifflab.report.blocks import Block, Drawing, Note, Section, Table
 from clifflab.report.figures import choice_bars, learning_curve, score_histogram
 from clifflab.report.repair_results import RepairFound, corpus_scores
@@ -38,8 +39,7 @@ def selection_section(results: ModelResults) -> Section | None:
         return Section("selection", SELECTION_TITLE, [Note(f"No example was chosen: {found.selection['reason']}.")])
     blocks: list[Block] = [
         Note(_choice(found, results), _choice_notes(found)),
-        *_score_drawing(found, results),
-        *_choice_drawing(found, results),
+        *_drawing(found, results),
         _selectors_table(found),
         *_overlap_table(found),
         _corpus_table(found),
@@ -110,34 +110,29 @@ def _choice_notes(found: RepairFound) -> list[str]:
     return notes
 
 
-def _score_drawing(found: RepairFound, results: ModelResults) -> list[Block]:
-    by = found.selection["by"]
+def _drawing(found: RepairFound, results: ModelResults) -> list[Block]:
+    """Where the chosen traces lie among all, and what each selector chose; for each the sentence that belongs to it."""
+    settings, by = results.study.repair.select, found.selection["by"]
+    panels, see = {}, []
     measure = by if by in _SCORES else "misalignment"
-    positions = results.study.repair.select.probe
-    scores = corpus_scores(results.folder, measure, positions, found.chosen_ids(by))
-    if scores is None or not scores.kinds:
+    scores = corpus_scores(results.folder, measure, settings.probe, found.chosen_ids(by))
+    if scores is not None and scores.kinds:
+        panels["scores"] = score_histogram(scores.kinds, scores.chosen, measure, "every trace of the corpus")
+        how = "" if by in _SCORES else ", though not by this score"
+        see.append(
+            f"By score, on a logarithmic scale: all traces by their {measure} score; the hatched ones were "
+            f"chosen{how}, the benign share of the budget left out."
+        )
+    choices = {name: kinds for name in found.selectors if (kinds := found.kinds(name, settings.plateau))}
+    if choices:
+        panels["selectors"] = choice_bars(choices, "what each selector chose")
+        see.append(
+            "By selector: a selector that takes many refused requests spends the budget on what the model does already."
+        )
+    if not panels:
         return []
-    see = (
-        "The vertical axis is logarithmic. Cliff cases are few and lie far from the bulk, so a ranking finds them; the "
-        "hatched traces are the chosen ones, without the benign share of the budget."
-    )
-    if by not in _SCORES:
-        see = "The vertical axis is logarithmic. The hatched traces were chosen, but not by this score."
-    title = f"The {measure} score of every corpus trace, and the traces that were chosen"
-    return [Drawing("selection-scores", title, see, {"": score_histogram(scores.kinds, scores.chosen, measure, "")})]
-
-
-def _choice_drawing(found: RepairFound, results: ModelResults) -> list[Block]:
-    plateau = results.study.repair.select.plateau
-    choices = {name: found.kinds(name, plateau) for name in found.selectors}
-    choices = {name: kinds for name, kinds in choices.items() if kinds}
-    if not choices:
-        return []
-    see = (
-        "The same budget in other hands. A selector that takes many refused requests spends it on what the model does "
-        "already. Counts of all examples: no sample, no interval."
-    )
-    return [Drawing("selection-choices", "What each selector chose", see, {"": choice_bars(choices, "")})]
+    told = f"{' '.join(see)} Counts of the whole corpus: no sample, no interval."
+    return [Drawing("selection", "What was chosen", told, panels)]
 
 
 def _selectors_table(found: RepairFound) -> Table:
@@ -209,13 +204,13 @@ def _recipe(about: Mapping[str, Any]) -> str:
         how = f"LoRA of rank {recipe['rank']} (alpha {recipe['alpha']}) on {where}: {trained}{share} were trained."
     else:
         how = f"All weights were free: {trained} were trained."
-    rate = recipe["learning_rate"]
-    peak = "" if rate is None else f", learning rate at most {rate:g}"
+    rate = TuneConfig.model_validate({"method": about["method"], "learning_rate": recipe["learning_rate"]}).peak
     warm = f" after a warm-up over {100 * recipe['warmup']:g}% of the steps" if recipe["warmup"] else ""
     return (
         f"{how} At most {recipe['epochs']:,} epochs in batches of {recipe['batch_size']:,} examples over all workers "
-        f"({about['workers']:,} here){peak}, {recipe['schedule']} schedule{warm}, AdamW with weight decay "
-        f"{recipe['weight_decay']:g}, gradients clipped at norm {recipe['clip']:g}. {_LEARNT[recipe['loss_on']]}"
+        f"({about['workers']:,} here), learning rate at most {rate:g}, {recipe['schedule']} schedule{warm}, AdamW with "
+        f"weight decay {recipe['weight_decay']:g}, gradients clipped at norm {recipe['clip']:g}. "
+        f"{_LEARNT[recipe['loss_on']]}"
     )
 
 
@@ -230,7 +225,9 @@ def _tuning_notes(about: Mapping[str, Any]) -> list[str]:
         notes.append(f"The middle of the thinking was cut in {examples['cut']:,} examples to fit the context.")
     notes.append(f"Tokens of one epoch: {tokens['epoch']:,}, of which {tokens['learnt']:,} are targets.")
     end = (
-        "it stopped early, without a smaller loss on the held-out examples" if about["stopped_early"] else "it ran out"
+        "it stopped early, without a smaller loss on the held-out examples"
+        if about["stopped_early"]
+        else "all epochs were done"
     )
     notes.append(f"Optimizer steps: {about['steps']:,}; {end}.")
     if best:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ class Compared:
         prompts: How many.
         rates: Of each measure ``before``, ``after`` and the paired ``change``.
         sets: The sets of a pool; empty for a set.
+        unreadable: Answers of the guard that could not be read, ``before`` and ``after``.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Compared:
     prompts: int
     rates: Mapping[str, Mapping[str, Figure]]
     sets: tuple[str, ...] = ()
+    unreadable: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -214,17 +216,25 @@ class EvaluationFound:
         """Sets in which one of these rates rises, by an interval of the paired change above 0."""
         return [s.name for s in self.sets if any((s.at(m, "change").get("low") or 0.0) > 0 for m in measures)]
 
+    @property
+    def choices(self) -> dict[str, Mapping[str, Any]]:
+        """The multiple-choice sets that were answered."""
+        every: Mapping[str, Mapping[str, Any]] = self.about.get("choices") or {}
+        return {name: entry for name, entry in every.items() if (entry.get("after") or {}).get("mean") is not None}
+
     def transitions(self, label: str) -> Counter[tuple[str, str]]:
         """How many traces of a label went from which outcome to which."""
         return Counter((r["outcome_before"], r["outcome_after"]) for r in self.rows if r["label"] == label)
 
     def missing(self) -> list[str]:
-        """What was not measured, with its reason, in the order of the file."""
-        return list(dict.fromkeys(_reasons(self.about, ())))
+        """What was not measured, with its reason, in the order of the file; excess cliffs say theirs themselves."""
+        told = {name: part for name, part in self.about.items() if name not in ("reason", "excess_cliff")}
+        return list(dict.fromkeys(_reasons(told, ())))
 
 
 def _compared(name: str, entry: Mapping[str, Any]) -> Compared:
-    return Compared(name, entry["label"], entry["prompts"], entry["rates"], tuple(entry.get("sets", ())))
+    sets, unreadable = tuple(entry.get("sets", ())), entry.get("unreadable") or {}
+    return Compared(name, entry["label"], entry["prompts"], entry["rates"], sets, unreadable)
 
 
 def _reasons(node: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -232,7 +242,7 @@ def _reasons(node: Any, path: tuple[str, ...]) -> Iterator[str]:
     if not isinstance(node, Mapping):
         return
     if node.get("reason") and node.get("mean") is None:
-        yield f"{', '.join(part.replace('_', ' ') for part in path)}: {node['reason']}" if path else node["reason"]
+        yield f"{', '.join(part.replace('_', ' ') for part in path)}: {node['reason']}"
     for key, child in node.items():
         yield from _reasons(child, path if key in ("sets", "rates", "pools") else (*path, str(key)))
 

@@ -88,10 +88,12 @@ def verdict(found: EvaluationFound) -> str:
         costs.append("more answers are degenerate or unclosed")
     if found.ratio and found.ratio["mean"] >= _COSTLY:
         costs.append("benign answers become less likely")
+    if any((entry["change"].get("high") or 0.0) < 0 for entry in found.choices.values()):
+        costs.append("fewer questions are answered rightly")
     if found.rising("asr"):
         costs.append(f"attack success rises on {', '.join(found.rising('asr'))}")
     if not costs:
-        return "Attack success falls, and no cost was seen in what was measured."
+        return "Attack success falls, and no cost that was measured is clear of zero."
     return f"Attack success falls, at a cost: {', '.join(costs)}."
 
 
@@ -102,13 +104,13 @@ def evaluation_of(summary: Mapping[str, Any]) -> EvaluationFound | None:
 
 
 def later_row(summary: Mapping[str, Any]) -> list[Any]:
-    """Set, attack success and over-refusal before and after, degenerate and unclosed shares, perplexity ratio."""
+    """Attacked set, its attack success before and after, benign set, its over-refusal, and signs of breakage."""
     found = evaluation_of(summary)
     worst = None if found is None or found.reason else found.strongest
     if found is None or worst is None:
-        return [None] * 8
+        return [None] * 9
     costly = found.costliest
-    over = [f"{interval(costly.at('over_refusal', w))} {costly.name}" if costly else None for w in ("before", "after")]
+    over = [costly.name, *(costly.at("over_refusal", w) for w in ("before", "after"))] if costly else [None] * 3
     broken = [worst.at(measure, "after") for measure in ("degenerate", "unclosed")]
     return [worst.name, *(worst.at("asr", when) for when in ("before", "after")), *over, *broken, found.ratio]
 
@@ -169,9 +171,7 @@ def _cost(found: EvaluationFound) -> str:
         cost += [f"{measure} {interval(worst.at(measure, 'after'))}" for measure in ("degenerate", "unclosed")]
     if found.ratio:
         cost.append(f"benign perplexity times {interval(found.ratio, 3)}")
-    for name, entry in (found.about.get("choices") or {}).items():
-        if (entry.get("change") or {}).get("mean") is not None:
-            cost.append(f"right answers to {name} changed by {interval(entry['change'], 3)}")
+    cost += [f"right answers to {n} changed by {interval(e['change'])}" for n, e in found.choices.items()]
     return f"The cost: {'; '.join(cost)}." if cost else ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from clifflab.report.numbers import number
 from clifflab.report.style import COLOURS, INK, LINE, ORANGE, SOFT, legend_below, panel, shorten, styled
@@ -61,9 +61,9 @@ def score_histogram(kinds: Mapping[str, Floats], chosen: Floats, measure: str, t
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(low - 0.02, 1.02)
     axes.set_xlabel(f"{measure} of a corpus trace")
-    axes.set_ylabel("traces, each step ten times more")
+    axes.set_ylabel("traces (logarithmic)")
     axes.grid(axis="y", color=LINE, linewidth=0.6)
-    legend_below(figure, axes, columns=1)
+    legend_below(figure, axes)
     return figure
 
 
@@ -122,6 +122,7 @@ def learning_curve(
     if best is not None:
         axes.axvline(best, color=INK, linewidth=0.9, linestyle=":", label=f"kept: step {best:,}")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token (nats)")
     axes.grid(axis="y", color=LINE, linewidth=0.6)
@@ -135,9 +136,7 @@ def before_after(
     series: Sequence[str],
     what: str,
     title: str,
-    *,
-    share: bool = True,
-    lower: float = 0.0,
+    ends: tuple[float, float] | None = None,
 ) -> Figure:
     """A figure of several sets, how it was and how it is, each with its interval; a thin line joins those of a set.
 
@@ -146,17 +145,19 @@ def before_after(
         series: What the entries are, the earlier one first.
         what: Label of the axis.
         title: Title of the panel.
-        share: The figure is a share, shown in per cent.
-        lower: Lower end of the axis; it goes to 1.
+        ends: Ends of the axis; without, the figure is a share and shown in per cent.
     """
+    lower, upper = ends or (0.0, 1.0)
     figure, axes = panel(0.65 + (0.34 + 0.08 * len(series)) * len(rows), title)
     offsets = np.linspace(-0.02, 0.3, len(series))
     for row, (name, entries) in enumerate(zip(shorten(list(rows), 30), rows.values(), strict=True)):
         axes.text(lower, row - 0.2, name, va="bottom", ha="left")
-        axes.text(1, row - 0.2, _told(entries, share), va="bottom", ha="right", color=SOFT, fontsize=7.5)
+        axes.text(
+            upper, row - 0.2, _told(entries, share=ends is None), va="bottom", ha="right", color=SOFT, fontsize=7.5
+        )
         there = [(i, e) for i, e in enumerate(entries) if e and e.get("mean") is not None]
         places = [row + offsets[i] for i, _ in there]
-        axes.plot([e["mean"] for _, e in there], places, color=SOFT, linewidth=0.8, zorder=1)
+        axes.plot([e["mean"] for _, e in there], places, color="#a6a6a6", linewidth=0.8, zorder=1)
         for (index, entry), place in zip(there, places, strict=True):
             colour, marker, face = _MARKS[index]
             if entry.get("low") is not None:
@@ -168,11 +169,11 @@ def before_after(
         colour, marker, face = _MARKS[index]
         axes.plot([], [], color=colour, marker=marker, markersize=5.5, markerfacecolor=face, linewidth=1.6, label=name)
     axes.set_ylim(len(rows) - 0.5, -0.7)
-    reach = 1 - lower
-    axes.set_xlim(lower - 0.02 * reach, 1 + 0.02 * reach)
+    margin = 0.02 * (upper - lower)
+    axes.set_xlim(lower - margin, upper + margin)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    if share:
+    if ends is None:
         _shares(axes)
     else:
         axes.axvline(0, color=SOFT, linewidth=0.7, linestyle=":", zorder=0)
@@ -182,7 +183,7 @@ def before_after(
     return figure
 
 
-def _told(entries: Sequence[Mapping[str, Any] | None], share: bool) -> str:
+def _told(entries: Sequence[Mapping[str, Any] | None], *, share: bool) -> str:
     means = [entry.get("mean") if entry else None for entry in entries]
     texts = [number(None if m is None else 100 * m, 0) + "%" * (m is not None) if share else number(m) for m in means]
     return " \u2192 ".join(texts)
