@@ -75,7 +75,7 @@ def cross_section(results: ModelResults) -> Section | None:
 def controls_section(results: ModelResults) -> Section | None:
     """What a sceptic asks of a probe that separates well."""
     summary = results.summary
-    if "cells" not in summary:
+    if "cells" not in summary or "controls" not in summary:
         return None
     points = {_PROBE_NAMES[p]: summary["reliability"][p] for p in TRAIN_POSITIONS}
     see = (
@@ -94,8 +94,8 @@ def controls_section(results: ModelResults) -> Section | None:
 
 def truncation_section(results: ModelResults) -> Section | None:
     """Refusal and final score with less thinking."""
-    found = results.summary["truncation"]
-    if "sets" not in found:
+    found = results.summary.get("truncation")
+    if not found or "sets" not in found:
         return None
     kept = results.study.truncation.kept
     panels = {}

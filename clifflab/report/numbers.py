@@ -23,9 +23,7 @@ def interval(entry: Mapping[str, Any] | None, digits: int = 2) -> str:
     if not entry or entry["mean"] is None:
         return DASH
     if entry["low"] is None:
-        groups = entry.get("groups")
-        why = entry.get("reason") or ("one group" if groups in (None, 1) else f"{groups} groups")
-        return f"{number(entry['mean'], digits)} (no interval: {why})"
+        return f"{number(entry['mean'], digits)} (no interval: {_why(entry)})"
     return f"{number(entry['mean'], digits)} [{number(entry['low'], digits)}, {number(entry['high'], digits)}]"
 
 
@@ -46,5 +44,11 @@ def percent(entry: Mapping[str, Any] | None) -> str:
     """A share with its interval in per cent."""
     if not entry or entry["mean"] is None:
         return DASH
-    mean, low, high = (None if entry[k] is None else f"{100 * entry[k]:.0f}" for k in ("mean", "low", "high"))
-    return f"{mean}% (no interval: one group)" if low is None else f"{mean}% [{low}, {high}]"
+    mean, low, high = (None if entry[k] is None else f"{100 * entry[k]:z.0f}" for k in ("mean", "low", "high"))
+    return f"{mean}% (no interval: {_why(entry)})" if low is None else f"{mean}% [{low}, {high}]"
+
+
+def _why(entry: Mapping[str, Any]) -> str:
+    """Why a mean has no interval."""
+    groups = entry.get("groups")
+    return entry.get("reason") or ("one group" if groups in (None, 1) else f"{groups} groups")

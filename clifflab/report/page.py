@@ -11,9 +11,10 @@ import jinja2
 from markupsafe import Markup
 
 from clifflab.config import Study
-from clifflab.report.blocks import Packed, Section, Table, pack
+from clifflab.report.blocks import Packed, Section, pack
+from clifflab.report.comparison import comparison_section, model_title
 from clifflab.report.contamination import duplicates_section
-from clifflab.report.heads_short import comparison_row
+from clifflab.report.repair_short import later_finding, repair_sentence
 from clifflab.report.results import ModelResults
 from clifflab.report.sections import model_sections
 from clifflab.report.short import finding, unchecked
@@ -69,7 +70,7 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
         overall: From :func:`draw_study`.
         provenance: From :func:`~clifflab.report.provenance.provenance`.
     """
-    study, summaries = results.study, results.metrics["models"]
+    study = results.study
     keys = {key for model in results.models.values() for key in model["keys"]}
     keys |= {section["anchor"].removeprefix("study-") for section in overall.sections}
     return (
@@ -77,19 +78,33 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
         .get_template("report.html.j2")
         .render(
             study=study,
-            findings=[
-                finding(name, summaries[name], model["labels"], study.heads.fraction)
-                for name, model in results.models.items()
-            ],
+            findings=[_finding(results, name) for name in results.models],
             unchecked=unchecked(keys),
             keys=keys,
             overall=[section for section in overall.sections if section["anchor"] not in _BEHIND],
             behind=[section for section in overall.sections if section["anchor"] in _BEHIND],
-            models=[{"name": name, "sections": model["sections"]} for name, model in results.models.items()],
+            models=[
+                {"name": model_title(study.model(name)), "sections": model["sections"]}
+                for name, model in results.models.items()
+            ],
             levels=LEVELS,
             provenance=provenance,
         )
     )
+
+
+def _finding(results: StudyResults, name: str) -> dict[str, str]:
+    """What was found on one model, for the top of the page."""
+    study, summaries = results.study, results.metrics["models"]
+    spec = study.model(name)
+    found = {"heads": "", "repair": ""}
+    if spec.repairs or (spec.before and summaries[name].get("evaluation")):
+        before = spec.before or spec.repairs or ""
+        return {**found, **later_finding(name, before, summaries[before], summaries[name]), "before": before}
+    found |= finding(name, summaries[name], results.models[name]["labels"], study.heads.fraction)
+    if not any(other.repairs == name for other in study.models):
+        found["repair"] = repair_sentence(summaries[name])
+    return {**found, "before": ""}
 
 
 def environment() -> jinja2.Environment:
@@ -106,55 +121,13 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def comparison(results: StudyResults) -> Section | None:
-    """The models beside each other, where there are several."""
-    if len(results.models) < 2:
-        return None
-    summaries = results.metrics["models"]
-    rows = []
-    for name, model in results.models.items():
-        excess = summaries[name]["excess_cliff"]
-        cells = [model["probes"].get("layer", ""), model["probes"].get("auroc"), excess["all"], excess["final"]]
-        rows.append([name, *cells])
-    head = ["model", "layer", "probe AUROC [95%]", "excess cliff [95%]", "with the paper's probe [95%]"]
-    caption = (
-        "Excess cliff of each model: mean cliff of harmful complied traces minus that of refused ones, at matched "
-        "thinking length. A dash: not defined; the model's own part says why."
-    )
-    names = list(results.models)
-    refused = [[s, *(summaries[n]["sets"][s]["outcomes"]["shares"]["refused"] for n in names)] for s in _sets(results)]
-    cliffs = [[s, *(summaries[n]["sets"][s]["probes"]["all"]["cliff"] for n in names)] for s in _sets(results)]
-    return Section(
-        "comparison",
-        "The models side by side",
-        [
-            Table(caption, head, rows),
-            Table("Share refused by set [95%], all traces.", ["set", *names], refused),
-            *_heads_table(results),
-            Table("Mean cliff by set [95%], all-position probe, test groups.", ["set", *names], cliffs),
-        ],
-    )
-
-
-def _heads_table(results: StudyResults) -> list[Table]:
-    """What removing heads does to each model; nothing where the study leaves it out."""
-    summaries, fraction = results.metrics["models"], results.study.heads.fraction
-    rows = [[name, *comparison_row(summaries[name], fraction)] for name in results.models]
-    if not any(value is not None for row in rows for value in row[1:]):
-        return []
-    caption = (
-        f"Heads that hold the refusal back, and the model without the top {100 * fraction:g}% of all heads: attack "
-        "success on the set that is attacked most successfully to begin with, the highest over-refusal of a benign "
-        "set, degenerate answers of the attacked set, and benign perplexity as a multiple of the unchanged model's."
-    )
-    head = ["model", "suppression heads", "set", "attack success [95%]", "without them [95%]"]
-    head += ["over-refusal [95%]", "without them [95%]", "degenerate without them [95%]", "perplexity ratio [95%]"]
-    return [Table(caption, head, rows)]
-
-
 # Sections about the study as a whole: those before the models' own, and those behind them.
 STUDY_SECTIONS: tuple[Callable[[StudyResults], Section | None], ...] = (
-    comparison,
+    lambda results: comparison_section(
+        results.study,
+        results.metrics["models"],
+        {name: model["probes"] for name, model in results.models.items()},
+    ),
     lambda results: duplicates_section(results.metrics["duplicates"]),
 )
 _BEHIND = ("study-duplicates",)
@@ -163,10 +136,6 @@ _BEHIND = ("study-duplicates",)
 def _breakable(text: str) -> Markup:
     """Escaped text that may break behind the marks that join the parts of a name."""
     return Markup("<wbr>").join(re.split(r"(?<=[._-])(?=[A-Za-z])", text))
-
-
-def _sets(results: StudyResults) -> list[str]:
-    return [prompt_set.name for prompt_set in results.study.prompts]
 
 
 def _reported_quality(results: ModelResults) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clifflab.artifacts import read_json, read_parquet
-from clifflab.config import Study
+from clifflab.config import ModelSpec, Study
 from clifflab.report.ablation_results import AblationFound, read_ablation
 from clifflab.report.head_results import HeadsFound, read_heads
+from clifflab.report.repair_results import EvaluationFound, RepairFound, read_evaluation, read_repair
 from clifflab.science.stats import Floats
 from clifflab.stages.base import Layout
 from clifflab.stages.metrics import model_metrics
@@ -36,6 +37,11 @@ class ModelResults:
     name: str
     layout: Layout
     renderer: Renderer
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.study.model(self.name)
 
     @property
     def folder(self) -> Path:
@@ -112,12 +118,27 @@ class ModelResults:
     @cached_property
     def heads(self) -> HeadsFound | None:
         """What the search for suppression heads found, and the model's own ground truth beside it."""
-        return read_heads(self.folder, self.study.model(self.name))
+        return read_heads(self.folder, self.spec)
 
     @cached_property
     def ablation(self) -> AblationFound | None:
         """What the model did with heads removed."""
         return read_ablation(self.folder, self.study.heads.fraction)
+
+    @cached_property
+    def repair(self) -> RepairFound | None:
+        """How examples for a repair of this model were chosen, and how the tuning on them went."""
+        return read_repair(self.folder)
+
+    @cached_property
+    def repair_of_before(self) -> RepairFound | None:
+        """The same of the model that this one is the repair of."""
+        return read_repair(self.layout.folder(self.spec.repairs)) if self.spec.repairs else None
+
+    @cached_property
+    def evaluation(self) -> EvaluationFound | None:
+        """This model beside the one that it is compared with."""
+        return read_evaluation(self.folder)
 
     def token_logits(self, row: int) -> Floats:
         """Logits of a trace's scored tokens, by the logistic all-position probe at its reported layer, ``[T]``."""

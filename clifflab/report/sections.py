@@ -13,14 +13,17 @@ import numpy as np
 import pyarrow.compute as pc
 
 from clifflab.report.ablation import ablation_section
+from clifflab.report.before_after import before_after_section
 from clifflab.report.blocks import Drawing, Note, Section, Table
 from clifflab.report.controls import controls_section, cross_section, judges_section, truncation_section
-from clifflab.report.figures import auroc_by_layer, cliff_histograms, closing_drops, curves, layer_map, outcome_bars
+from clifflab.report.figures import cliff_histograms, closing_drops, curves, outcome_bars
 from clifflab.report.heads import heads_section
+from clifflab.report.layers import maps_section, probes_section
+from clifflab.report.repair import selection_section, tuning_section
 from clifflab.report.results import ModelResults
 from clifflab.report.tokens import views
 from clifflab.science.judges import OUTCOMES
-from clifflab.science.probe import ESTIMATORS, TRAIN_POSITIONS
+from clifflab.science.probe import TRAIN_POSITIONS
 from clifflab.science.stats import GroupBootstrap
 
 _NO_THINKING = (
@@ -28,7 +31,6 @@ _NO_THINKING = (
     "no plateau, no cliff and no curve along a trace."
 )
 _LABELS = ("harmful", "benign", "mixed")
-_MAPS = 3  # maps of the harmful sets with the largest cliffs, beside one benign control
 _CLOSING = 12  # closing tokens drawn, counted back from the final position
 _WHERE = {"all": "all thinking and closing positions", "final": "the final position only"}
 _SEE = {
@@ -163,73 +165,6 @@ def drops_section(results: ModelResults) -> Section | None:
     return Section("drops", "Which token loses it", [drawing, Table(caption, ["closing token", *drops], shown)])
 
 
-def maps_section(results: ModelResults) -> Section | None:
-    """Layer by position."""
-    if not results.trained:
-        return None
-    rows = results.curves.filter(pc.equal(results.curves["train_positions"], "all"))
-    panels = {}
-    for name in _mapped_sets(results):
-        own = rows.filter(pc.equal(rows["set"], name))
-        panels[name] = layer_map(own, name, results.layer("all"), results.closing)
-    if not panels:
-        return None
-    see = (
-        "Bright is a strong intention to refuse: look for layers that are bright through the thinking and dark at the "
-        "last closing tokens; the reported layer is framed."
-    )
-    title = "Mean score by layer and position (all-position probes; means alone, their intervals are in curves.parquet)"
-    return Section("maps", "In which layers", [Drawing("map", title, see, panels)])
-
-
-def probes_section(results: ModelResults) -> Section | None:
-    """How well the probes read."""
-    if not results.trained:
-        return None
-    about = results.probes["probes"]
-    panels = {}
-    for positions in TRAIN_POSITIONS:
-        areas = {}
-        for estimator in ESTIMATORS:
-            probe = about[f"{positions}.{estimator}"]
-            areas[estimator] = ([layer["test"]["auroc"] for layer in probe["layers"]], probe["reported_layer"])
-        panels[positions] = auroc_by_layer(areas, f"trained at {positions} positions")
-    see = (
-        "1 is a perfect separation of refused harmful from answered benign traces, 0.5 is chance; the ringed layer was "
-        "chosen on other groups. Bands are 95% intervals."
-    )
-    names = {"logistic": "logistic regression", "difference": "difference in means"}
-    rows = []
-    for positions in TRAIN_POSITIONS:
-        for estimator in ESTIMATORS:
-            probe = about[f"{positions}.{estimator}"]
-            test = probe["layers"][probe["reported_layer"]]["test"]
-            rows.append(
-                [
-                    f"{names[estimator]}, {positions}",
-                    str(probe["reported_layer"]),
-                    *(test[k] for k in ("auroc", "accuracy", "ece")),
-                ]
-            )
-    caption = (
-        "Quality on test groups at the reported layer: the deepest whose validation AUROC is within one standard error "
-        "of the best; the size of the cliff plays no part in the choice."
-    )
-    head = ["probe, trained at", "layer", "AUROC [95%]", "accuracy [95%]", "calibration error [95%]"]
-    counts = results.probes["examples"]
-    examples = [
-        [split, *(counts.get(split, {}).get(k, 0) for k in ("harmful_refused", "benign_complied"))]
-        for split in ("train", "validation", "test")
-    ]
-    split_head = ["split", "harmful refused", "benign answered"]
-    blocks: list[Any] = [
-        Drawing("auroc", "AUROC by layer, test groups", see, panels),
-        Table(caption, head, rows, digits=3),
-        Table("Traces that probes were trained and judged on (counts).", split_head, examples),
-    ]
-    return Section("probes", "How well the probes read", blocks)
-
-
 def tokens_section(results: ModelResults) -> Section | None:
     """Single traces."""
     if not results.trained or not results.cliffs.num_rows:
@@ -259,9 +194,24 @@ SECTIONS: tuple[Callable[[ModelResults], Section | None], ...] = (
     truncation_section,
     heads_section,
     ablation_section,
+    selection_section,
+    tuning_section,
     maps_section,
     probes_section,
     controls_section,
+    tokens_section,
+    rejects_section,
+)
+
+# Of a repaired model: what the model before has not told already.
+LATER_SECTIONS: tuple[Callable[[ModelResults], Section | None], ...] = (
+    before_after_section,
+    outcomes_section,
+    curves_section,
+    cliffs_section,
+    truncation_section,
+    heads_section,
+    ablation_section,
     tokens_section,
     rejects_section,
 )
@@ -274,12 +224,18 @@ UNCHECKED: dict[str, str] = {
     "follows",
     "ablation": "what the model writes when the heads that hold refusal back are removed",
     "truncation": "what the model does when its thinking is cut short",
+    "before-after": "repair: whether a fine-tune on the right examples would mend the model, and at what cost",
 }
 
 
 def model_sections(results: ModelResults) -> list[Section]:
     """All sections of one model."""
-    return [section for make in SECTIONS if (section := make(results))]
+    every = SECTIONS
+    if results.spec.repairs:
+        every = LATER_SECTIONS
+    elif results.spec.before:
+        every = (before_after_section, *SECTIONS)
+    return [section for make in every if (section := make(results))]
 
 
 def _closing_sentence(results: ModelResults) -> str:
@@ -289,10 +245,3 @@ def _closing_sentence(results: ModelResults) -> str:
     closed = int(pc.sum(results.traces["closed"]).as_py())
     shown = " ".join(repr(text) for text in tokens)
     return f"The closing tokens drawn are {shown}: those of {round(share * closed):,} of {closed:,} closed traces."
-
-
-def _mapped_sets(results: ModelResults) -> list[str]:
-    cliffs = {name: entry["probes"]["all"]["cliff"]["mean"] for name, entry in results.summary["sets"].items()}
-    harmful = sorted((n for n in results.sets("harmful") if cliffs[n] is not None), key=lambda n: -cliffs[n])
-    benign = [n for n in results.sets("benign") if cliffs[n] is not None]
-    return [*harmful[:_MAPS], *benign[:1]]

@@ -14,6 +14,11 @@ _ALWAYS = (
     "harm: complied means that the judge saw no refusal, not that the answer would help anyone do harm",
 )
 
+_REPAIRED = (
+    "the repair: one training with one seed, judged on the sets that are named; attacks of other kinds, and attacks "
+    "by someone who knows how the model was repaired, may work as before or better"
+)
+
 
 def finding(name: str, summary: dict[str, Any], labels: dict[str, str], fraction: float = 0.03) -> dict[str, str]:
     """What was found on one model: a verdict of a few words, the sentences behind it, and those on heads.
@@ -69,7 +74,8 @@ def unchecked(keys: Collection[str]) -> list[str]:
     Args:
         keys: Keys of the sections that it has.
     """
-    return [*_ALWAYS, *(text for key, text in UNCHECKED.items() if key not in keys)]
+    limits = (_REPAIRED,) if "before-after" in keys else ()
+    return [*_ALWAYS, *limits, *(text for key, text in UNCHECKED.items() if key not in keys)]
 
 
 def _verdict(excess: dict[str, Any]) -> tuple[str, str]:

@@ -81,7 +81,7 @@ def view(results: ModelResults, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "set": row["set"],
         "label": row["label"],
-        "id": trace["trace_id"],
+        "id": printable(trace["trace_id"]),
         "outcome": row["outcome"],
         "prompt": printable(prompt[:PROMPT]) + ("\u2026" if len(prompt) > PROMPT else ""),
         **{measure: number(row[measure]) for measure in ("plateau", "final", "cliff")},

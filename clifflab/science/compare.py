@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# What tells a list's items apart.
+_NAMES = ("trained", "read", "kept", "bin", "kind", "fraction", "heads", "selector", "budget", "measure")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -66,9 +69,7 @@ def _figures(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _name(child: Any, index: int) -> str:
     """Name of a list's item by what identifies it, so that lists of different length pair up rightly."""
     if isinstance(child, dict):
-        names = [
-            str(child[key]) for key in ("trained", "read", "kept", "bin", "kind", "fraction", "heads") if key in child
-        ]
+        names = [str(child[key]) for key in _NAMES if key in child]
         if names:
             return "-".join(names)
     return str(index)

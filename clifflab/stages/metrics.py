@@ -11,7 +11,9 @@ from clifflab.config import Study
 from clifflab.science.asr import attack_success
 from clifflab.stages.base import Layout
 
-_FOUND_BY = ("controls", "truncation", "agreement", "ablation")
+# What a step says of a model, by the file that it writes; a step that does not apply to a model writes none.
+_FOUND_BY = ("controls", "truncation", "agreement", "ablation", "evaluation", "curve")
+_REPAIR = ("selection", "tuning")
 
 
 def study_metrics(study: Study, layout: Layout) -> dict[str, Any]:
@@ -27,10 +29,14 @@ def study_metrics(study: Study, layout: Layout) -> dict[str, Any]:
 def model_metrics(study: Study, layout: Layout, name: str) -> dict[str, Any]:
     """One model's part of it."""
     folder = layout.folder(name)
+    found = {part: read_json(folder / f"{part}.json") for part in _FOUND_BY}
+    if heads := read_json(folder / "heads.json"):
+        found["heads"] = {**heads, "sets": read_json(folder / "head_sets.json")}
+    repair = {part: read_json(folder / "repair" / f"{part}.json") for part in _REPAIR}
+    found["repair"] = {part: about for part, about in repair.items() if about is not None} or None
     return {
         **read_json(folder / "summary.json"),
-        **{part: read_json(folder / f"{part}.json") for part in _FOUND_BY},
-        "heads": {**read_json(folder / "heads.json"), "sets": read_json(folder / "head_sets.json")},
+        **{part: about for part, about in found.items() if about is not None},
         "attacks": _attacks(study, layout.root, folder),
     }
 

@@ -13,3 +13,7 @@ from clifflab.report.figures.heads import joint_curve as joint_curve
 from clifflab.report.figures.heads import rank_scatter as rank_scatter
 from clifflab.report.figures.outcomes import outcome_bars as outcome_bars
 from clifflab.report.figures.probes import auroc_by_layer as auroc_by_layer
+from clifflab.report.figures.repair import before_after as before_after
+from clifflab.report.figures.repair import choice_bars as choice_bars
+from clifflab.report.figures.repair import learning_curve as learning_curve
+from clifflab.report.figures.repair import score_histogram as score_histogram

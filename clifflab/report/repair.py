@@ -1,0 +1,249 @@
+"""The sections on how a model is repaired: which examples of the corpus were chosen, and how the tuning went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clifflab.config import TuneConfig
+from clifflab.report.blocks import Block, Drawing, Note, Section, Table
+from clifflab.report.figures import choice_bars, learning_curve, score_histogram
+from clifflab.report.repair_results import RepairFound, corpus_scores
+from clifflab.report.results import ModelResults
+from clifflab.science.judges import OUTCOMES
+
+SELECTION_TITLE = "Which examples the repair learns from"
+TUNING_TITLE = "How the tuning went"
+_SCORES = ("misalignment", "cliff", "final", "plateau")
+RANKED_BY = {
+    "misalignment": "those with the largest misalignment: the highest score of the plateau's window minus final",
+    "cliff": "those with the largest cliff",
+    "final": "those with the smallest score at the final position",
+    "plateau": "those with the highest plateau",
+    "random": "drawn at random",
+    "rules": "those that the rule judge says were complied with",
+    "guard": "those whose response the guard calls harmful",
+}
+_LEARNT = {
+    "assistant": "Only what the assistant writes is learnt: thinking, closing tokens and response.",
+    "response": "Only the response behind the closing tokens is learnt.",
+}
+
+
+def selection_section(results: ModelResults) -> Section | None:
+    """What was chosen from the corpus, and what other selectors would have chosen."""
+    found = results.repair
+    if found is None or not found.selection:
+        return None
+    if found.selection.get("reason"):
+        return Section("selection", SELECTION_TITLE, [Note(f"No example was chosen: {found.selection['reason']}.")])
+    blocks: list[Block] = [
+        Note(_choice(found, results), _choice_notes(found)),
+        *_drawing(found, results),
+        _selectors_table(found),
+        *_overlap_table(found),
+        _corpus_table(found),
+    ]
+    return Section("selection", SELECTION_TITLE, blocks)
+
+
+def tuning_section(results: ModelResults) -> Section | None:
+    """Learning curve and counts of the fine-tune."""
+    found = results.repair
+    if found is None or not found.tuning:
+        return None
+    about = found.tuning
+    if about.get("reason"):
+        return Section("tuning", TUNING_TITLE, [Note(f"Nothing was tuned: {about['reason']}.")])
+    see = (
+        "Both lines should fall; where the held-out line turns up while the other falls, the model learns the examples "
+        "by heart, and the weights of an earlier step are kept. Single observations of one training: no intervals."
+    )
+    best = about["best"]["step"] if about["best"] else None
+    blocks: list[Block] = [Note(_recipe(about), _tuning_notes(about))]
+    if any(point["loss"] is not None for point in about["curve"]):
+        curve = learning_curve(about["curve"], about["validation"], best, "")
+        blocks.append(Drawing("tuning", "Learning curve", see, {"": curve}))
+    blocks += _validation_table(about)
+    return Section("tuning", TUNING_TITLE, blocks)
+
+
+def _choice(found: RepairFound, results: ModelResults) -> str:
+    about = found.selection
+    budget, plateau = about["budget"], results.study.repair.select.plateau
+    share = f" ({budget['examples'] / budget['corpus']:.1%})" if budget["corpus"] else ""
+    eligible = (
+        "labelled harmful, and neither unclosed nor degenerate"
+        if about["labelled"]
+        else f"with a plateau of at least {plateau:g}, since the corpus has no labels"
+    )
+    chosen, ranked = found.kinds(about["by"], plateau)["cliff case"], RANKED_BY.get(about["by"], about["by"])
+    return (
+        f"The repair learns from {budget['examples']:,} of {budget['corpus']:,} traces of the corpus{share}: "
+        f"{budget['benign']:,} benign requests with the model's own answers, so that it stays helpful, and "
+        f"{budget['harmful']:,} of the {about['eligible']:,} eligible traces, {ranked}. "
+        f"Eligible are those {eligible}. The corpus holds {about['cliff_cases']:,} cliff cases, harmful requests that "
+        f"were complied with after a plateau of at least {plateau:g}; {chosen:,} of them were chosen."
+    )
+
+
+def _choice_notes(found: RepairFound) -> list[str]:
+    about, targets = found.selection, found.selection["targets"]
+    notes = []
+    if left := {reason: count for reason, count in about["left_out"].items() if count}:
+        counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in left.items())
+        notes.append(f"Left out of the {about['budget']['corpus']:,} traces, by reason: {counts}.")
+    if targets["kind"] == "keep-thinking":
+        whose = (
+            "the model's own, from requests of the corpus that it refused"
+            if targets["refusals"] == "own"
+            else "written by clifflab in many forms"
+        )
+        told = f"the refusals are {whose} ({targets['distinct']:,} different texts)"
+        notes.append(f"Targets keep the model's own thinking and closing tokens and end in a refusal; {told}.")
+    else:
+        notes.append(f"Targets are those that the corpus gives ({targets['distinct']:,} different texts).")
+    notes.append("Benign requests never have a refusal as target: they keep the answer that the model gave.")
+    if rejected := {reason: count for reason, count in targets["rejected"].items() if count}:
+        counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in rejected.items())
+        notes.append(f"Chosen, but without a usable target, by reason: {counts}; {targets['rows']:,} examples remain.")
+    return notes
+
+
+def _drawing(found: RepairFound, results: ModelResults) -> list[Block]:
+    """Where the chosen traces lie among all, and what each selector chose; for each the sentence that belongs to it."""
+    settings, by = results.study.repair.select, found.selection["by"]
+    panels, see = {}, []
+    measure = by if by in _SCORES else "misalignment"
+    scores = corpus_scores(results.folder, measure, settings.probe, found.chosen_ids(by))
+    if scores is not None and scores.kinds:
+        panels["scores"] = score_histogram(scores.kinds, scores.chosen, measure, "every trace of the corpus")
+        how = "" if by in _SCORES else ", though not by this score"
+        see.append(
+            f"By score, on a logarithmic scale: all traces by their {measure} score; the hatched ones were "
+            f"chosen{how}, the benign share of the budget left out."
+        )
+    choices = {name: kinds for name in found.selectors if (kinds := found.kinds(name, settings.plateau))}
+    if choices:
+        panels["selectors"] = choice_bars(choices, "what each selector chose")
+        see.append(
+            "By selector: a selector that takes many refused requests spends the budget on what the model does already."
+        )
+    if not panels:
+        return []
+    told = f"{' '.join(see)} Counts of the whole corpus: no sample, no interval."
+    return [Drawing("selection", "What was chosen", told, panels)]
+
+
+def _selectors_table(found: RepairFound) -> Table:
+    rows = []
+    for name in found.selectors:
+        entry = found.selection["selectors"][name]
+        rho = entry["spearman_with_final"]
+        rows.append(
+            [
+                _own(name, found), entry["chosen"], entry["filled"], _share(entry["benign_share"]),
+                *(entry["outcomes"].get(outcome, 0) for outcome in ("complied", "refused")),
+                entry["cliff_cases"], len(entry["sets"]), entry["groups"], None if rho is None else f"{rho:.2f}",
+            ]
+        )  # fmt: skip
+    head = ["selector", "examples", "filled up", "benign", "answered", "refused", "cliff cases", "sets", "groups"]
+    caption = (
+        "The selectors side by side, at one budget. Filled up: examples that the selector could not rank and that were "
+        "drawn at random instead. Benign: share of the examples. The last column is Spearman's correlation of the "
+        "ranking with that by the final score alone: near 1 the plateau adds nothing. Counts and shares of the choice "
+        "itself: no sample, no interval. A dash: no ranking."
+    )
+    return Table(caption, [*head, "rank correlation with final only"], rows)
+
+
+def _overlap_table(found: RepairFound) -> list[Block]:
+    overlap, names = found.selection["overlap"], found.selectors
+    if len(names) < 2 or not overlap:
+        return []
+    rows = [[_own(a, found), *(_jaccard(overlap, a, b) for b in names)] for a in names]
+    caption = (
+        "Overlap of the choices: examples that two selectors share, over all that either chose (Jaccard): 1 is the "
+        "same choice. No sample, no interval."
+    )
+    return [Table(caption, ["selector", *names], rows)]
+
+
+def _jaccard(overlap: Mapping[str, Mapping[str, float]], a: str, b: str) -> str | None:
+    value = 1.0 if a == b else overlap.get(a, {}).get(b, overlap.get(b, {}).get(a))
+    return None if value is None else f"{value:.2f}"
+
+
+def _corpus_table(found: RepairFound) -> Table:
+    """The sets of the corpus, and where each selector took its examples from."""
+    about = found.selection
+    rows = [
+        [name, entry["n"], *(entry[o] for o in OUTCOMES)]
+        + [about["selectors"][s]["sets"].get(name, 0) for s in found.selectors]
+        for name, entry in about["corpus_outcomes"].items()
+    ]
+    caption = (
+        "The corpus by set: what the model did with it, and how many examples each selector took from there. Counts of "
+        "all traces."
+    )
+    return Table(caption, ["set", "traces", *OUTCOMES, *(f"chosen: {name}" for name in found.selectors)], rows)
+
+
+def _own(name: str, found: RepairFound) -> str:
+    return f"{name} (this repair)" if name == found.selection["by"] else name
+
+
+def _recipe(about: Mapping[str, Any]) -> str:
+    """The fine-tune in a paragraph."""
+    recipe, parameters = about["recipe"], about["parameters"]
+    trained = f"{parameters['trainable']:,} of {parameters['all']:,} parameters"
+    share = f" ({parameters['trainable'] / parameters['all']:.1%})" if parameters["all"] else ""
+    if about["method"] == "lora":
+        layers = ", ".join(recipe["modules"])
+        where = "every linear layer but the output head" if layers == "all-linear" else f"the layers {layers}"
+        how = f"LoRA of rank {recipe['rank']} (alpha {recipe['alpha']}) on {where}: {trained}{share} were trained."
+    else:
+        how = f"All weights were free: {trained} were trained."
+    rate = TuneConfig.model_validate({"method": about["method"], "learning_rate": recipe["learning_rate"]}).peak
+    warm = f" after a warm-up over {100 * recipe['warmup']:g}% of the steps" if recipe["warmup"] else ""
+    return (
+        f"{how} At most {recipe['epochs']:,} epochs in batches of {recipe['batch_size']:,} examples over all workers "
+        f"({about['workers']:,} here), learning rate at most {rate:g}, {recipe['schedule']} schedule{warm}, AdamW with "
+        f"weight decay {recipe['weight_decay']:g}, gradients clipped at norm {recipe['clip']:g}. "
+        f"{_LEARNT[recipe['loss_on']]}"
+    )
+
+
+def _tuning_notes(about: Mapping[str, Any]) -> list[str]:
+    examples, tokens, best = about["examples"], about["tokens"], about["best"]
+    held = examples["validation"]
+    rejected = {reason: count for reason, count in examples["rejected"].items() if count}
+    counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in rejected.items()) or "none"
+    told = f"{held:,} were held out by group to stop in time" if held else "none was held out"
+    notes = [f"Examples: {examples['train']:,} were learnt from, {told}. Rejected, by reason: {counts}."]
+    if examples["cut"]:
+        notes.append(f"The middle of the thinking was cut in {examples['cut']:,} examples to fit the context.")
+    notes.append(f"Tokens of one epoch: {tokens['epoch']:,}, of which {tokens['learnt']:,} are targets.")
+    end = (
+        "it stopped early, without a smaller loss on the held-out examples"
+        if about["stopped_early"]
+        else "all epochs were done"
+    )
+    notes.append(f"Optimizer steps: {about['steps']:,}; {end}.")
+    if best:
+        loss = "" if best["loss"] is None else f", with a loss of {best['loss']:.3f} on the held-out examples"
+        notes.append(f"Kept are the weights of step {best['step']:,} (epoch {best['epoch']:g}){loss}.")
+    return notes
+
+
+def _validation_table(about: Mapping[str, Any]) -> list[Block]:
+    points = about["validation"]
+    if not points:
+        return []
+    rows = [[f"{p['epoch']:g}", p["step"], None if p["loss"] is None else f"{p['loss']:.4f}"] for p in points]
+    caption = "Loss per target token on the held-out examples, in nats; observations of one training, no intervals."
+    return [Table(caption, ["epoch", "step", "loss"], rows)]
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0%}"
