@@ -41,8 +41,7 @@ def command(
     from clifflab.runtime.study import run
 
     result = run(loaded, out, runtime=runtime, reporter=Terminal())
-    for name, model in result.metrics["models"].items():
-        print_model(name, model, loaded.heads.fraction)
+    print_models(result.metrics["models"], loaded.heads.fraction)
     click.echo(f"\nreport   {result.root / 'report.html'}\nmetrics  {result.root / 'metrics.json'}")
     for warning in result.warnings:
         click.echo(f"clifflab: {warning}", err=True)
@@ -58,6 +57,27 @@ def find_study(name: str) -> Path:
     package = Path(__file__).parents[1]
     shipped = [package / "jobs" / f"{name}.yaml", package.parent / "jobs" / f"{name}.yaml"]
     return next((file for file in shipped if file.is_file()), path)
+
+
+def print_models(models: dict[str, dict[str, Any]], fraction: float) -> None:
+    """Each model's table; of one that is compared with another, the comparison.
+
+    Args:
+        models: That part of ``metrics.json``.
+        fraction: Share of heads that counts as the top.
+    """
+    from clifflab.cli.evaluate import print_evaluation
+    from clifflab.findings import visible
+    from clifflab.report.repair_short import repair_lines
+
+    after = {model["evaluation"]["before"]: model for model in models.values() if model.get("evaluation")}
+    for name, model in models.items():
+        if model.get("evaluation"):
+            print_evaluation(model["evaluation"])
+            continue
+        print_model(name, model, fraction)
+        for line in repair_lines(model, after.get(name)):
+            click.echo(visible(line))
 
 
 def print_model(name: str, model: dict[str, Any], fraction: float = 0.03) -> None:
