@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clifflab import tables
 from clifflab.artifacts import write_json, write_parquet
-from clifflab.science.ablation import perplexities
+from clifflab.science.repair import outcome_rates, paired_means, perplexity_change
 from clifflab.science.stats import DIFFERENCE, GroupBootstrap
 
 CORPUS = {"harmful": 320, "wrapped": 40, "benign": 240}
@@ -70,30 +70,53 @@ def chosen_rows(corpus: Rows, harmful: int = 30, benign: int = 8) -> Rows:
     columns = set(tables.SELECTION.names)
     for selector, key in keys.items():
         ranked = sorted((r for r in corpus if r["label"] == "harmful"), key=key)[:harmful]
-        for rank, row in enumerate([*ranked, *answers], 1):
+        for place, row in enumerate([*ranked, *answers]):
             role = "benign" if row["label"] == "benign" else "harmful"
+            rank = 1 + (place if role == "harmful" else place - harmful)
             filled = selector == "rules" and role == "harmful" and row["outcome"] != "complied"
             own = {name: value for name, value in row.items() if name in columns}
-            rows.append({**own, "selector": selector, "role": role, "rank": rank, "filled": filled, "category": None})
+            rows.append(
+                {**own, "selector": selector, "role": role, "rank": rank, "filled": filled, "category": category(row)}
+            )
     return rows
+
+
+def category(row: Mapping[str, Any]) -> str | None:
+    """Wrapped requests are of two families, the others of none."""
+    return f"wrapper_{int(row['id']) % 2}" if row["set"] == "wrapped" else None
+
+
+def write_corpus(root: Path, folder: Path, corpus: Rows, near: int = 3) -> None:
+    """The corpus itself with what became of it, and the requests that were left out."""
+    prompts = [{**{k: row[k] for k in ("row", "id", "set", "label")}, "category": category(row)} for row in corpus]
+    rejects = [{"stage": "corpus", "reason": reason} for reason in ["contaminated"] * near + ["empty"]]
+    for path, rows, schema in (
+        (root / "corpus.parquet", prompts, tables.PROMPTS),
+        (root / "corpus_rejects.parquet", rejects, tables.REJECTS),
+        (folder / "corpus" / "traces.parquet", corpus, tables.TRACES),
+        (folder / "corpus" / "outcomes.parquet", corpus, tables.OUTCOMES),
+    ):
+        write_parquet(path, pa.Table.from_pylist([{k: r.get(k) for k in schema.names} for r in rows], schema=schema))
 
 
 def selection_about(corpus: Rows, rows: Rows, **changes: Any) -> dict[str, Any]:
     """``selection.json`` for such rows."""
     by = {name: [r for r in rows if r["selector"] == name] for name in SELECTORS}
-    ids = {name: {r["trace_id"] for r in own} for name, own in by.items()}
+    ids = {name: {r["trace_id"] for r in own if r["role"] == "harmful"} for name, own in by.items()}
     counts = {name: Counter(r["outcome"] for r in corpus if r["set"] == name) for name in CORPUS}
     mine = by["misalignment"]
+    harmful = {name: [r for r in own if r["role"] == "harmful"] for name, own in by.items()}
     refused = ("refused", "complied", "unclosed", "degenerate")
     selectors = {
         name: {
             "chosen": len(own),
             "filled": sum(r["filled"] for r in own),
             "benign_share": sum(r["role"] == "benign" for r in own) / len(own),
-            "outcomes": dict(Counter(r["outcome"] for r in own)),
-            "sets": dict(Counter(r["set"] for r in own)),
-            "groups": len({r["group"] for r in own}),
-            "cliff_cases": sum(map(_cliff_case, own)),
+            "blind_benign_share": None if name in ("random", "rules") else 0.125,
+            "outcomes": dict(Counter(r["outcome"] for r in harmful[name])),
+            "sets": dict(Counter(r["set"] for r in harmful[name])),
+            "groups": len({r["group"] for r in harmful[name]}),
+            "cliff_cases": sum(map(_cliff_case, harmful[name])),
             "spearman_with_final": None if name in ("random", "rules") else 0.87,
         }
         for name, own in by.items()
@@ -108,7 +131,8 @@ def selection_about(corpus: Rows, rows: Rows, **changes: Any) -> dict[str, Any]:
         },
         "eligible": sum(r["label"] == "harmful" for r in corpus),
         "labelled": True,
-        "left_out": {"unclosed": 2, "evaluated_too": 7, "too_long": 0},
+        "left_out": {"benign": 240, "low_plateau": 7},
+        "contaminated": 0,
         "cliff_cases": sum(map(_cliff_case, corpus)),
         "corpus_outcomes": {n: {"n": sum(c.values()), **{o: c[o] for o in refused}} for n, c in counts.items()},
         "selectors": selectors,
@@ -185,11 +209,12 @@ def evaluation_about(rows: Rows, pools: Mapping[str, Sequence[str]] | None = Non
     names = list(dict.fromkeys(row["set"] for row in rows))
     pools = {"unseen": [n for n in names if n.startswith("heldout")]} if pools is None else pools
     rng = np.random.default_rng(4)
-    nll = rng.normal(40, 5, 24)
-    tokens, groups = np.full(24, 50.0), GroupBootstrap([str(i // 2) for i in range(24)], 200, 0)
-    before, _ = perplexities(nll, nll, tokens, np.ones(24, dtype=bool), groups)
-    after, ratio = perplexities(nll + rng.normal(0.1, 0.2, 24), nll, tokens, np.ones(24, dtype=bool), groups)
-    right = rng.random((2, 60)) < np.array([[0.62], [0.6]])
+    nll, tokens, texts = (
+        rng.normal(40, 5, 24),
+        np.full(24, 50.0),
+        GroupBootstrap([str(i // 2) for i in range(24)], 200, 0),
+    )
+    right = (rng.random((2, 60)) < np.array([[0.62], [0.6]])).astype(float)
     asked = GroupBootstrap([str(i) for i in range(60)], 200, 0)
     reads = ("before", "after_old_probe", "after_own_probe")
     return {
@@ -204,17 +229,15 @@ def evaluation_about(rows: Rows, pools: Mapping[str, Sequence[str]] | None = Non
             for pool, own in pools.items()
             if own
         },
-        "perplexity": {"before": before, "after": after, "ratio": ratio, "tokens": 1200},
+        "perplexity": {"reason": "", **perplexity_change(nll, nll + rng.normal(0.1, 0.2, 24), tokens, texts)},
         "choices": {
-            "facts": {
-                **{w: asked.rate(right[i]).as_dict() for i, w in enumerate(("before", "after"))},
-                "change": _change(asked, right[1].astype(float) - right[0]),
-                "questions": 60,
-                "rejected": {"too_long": 2},
-            }
+            "facts": {**paired_means(*right, asked, (0.0, 1.0)), "questions": 60, "rejected": {"too_long": 2}},
         },
         "cliff": {
-            name: {read: _levels([row for row in rows if row["set"] == name], f"cliff_{read}") for read in reads}
+            name: {
+                **{read: _levels([row for row in rows if row["set"] == name], f"cliff_{read}") for read in reads},
+                "change": _plain(-0.3, 0.2),
+            }
             for name in names
         },
         "probes": {"old": "", "own": ""},
@@ -231,31 +254,14 @@ def evaluation_about(rows: Rows, pools: Mapping[str, Sequence[str]] | None = Non
 def compared(rows: Rows) -> dict[str, Any]:
     """The rates of one set, or of the sets of a pool."""
     labels = {row["label"] for row in rows}
-    bootstrap = GroupBootstrap([f"{row['cluster']}" for row in rows], 200, 0)
-    rates = {}
-    for measure, label, outcome in (
-        ("asr", "harmful", "complied"),
-        ("over_refusal", "benign", "refused"),
-        ("unclosed", None, "unclosed"),
-        ("degenerate", None, "degenerate"),
-    ):
-        mask = np.array([label in (None, row["label"]) for row in rows])
-        hits = {w: np.array([row[f"outcome_{w}"] == outcome for row in rows]) for w in ("before", "after")}
-        rates[measure] = {w: bootstrap.rate(hit, mask).as_dict() for w, hit in hits.items()}
-        rates[measure]["change"] = _change(bootstrap, hits["after"].astype(float) - hits["before"], mask)
-    label = labels.pop() if len(labels) == 1 else "mixed"
+    judged = {when: [(row[f"outcome_{when}"], None) for row in rows] for when in ("before", "after")}
+    harmful = np.array([row["label"] == "harmful" for row in rows])
+    bootstrap = GroupBootstrap([row["cluster"] for row in rows], 200, 0)
     return {
-        "label": label,
+        "label": labels.pop() if len(labels) == 1 else "mixed",
         "prompts": len({(row["set"], row["id"]) for row in rows}),
-        "rates": rates,
-        "unreadable": {"before": 0, "after": 0},
+        **outcome_rates(judged["before"], judged["after"], harmful, bootstrap, guarded=False),
     }
-
-
-def _change(bootstrap: GroupBootstrap, values: Any, mask: Any = None) -> dict[str, Any]:
-    """A paired change, which cannot leave -1 to 1."""
-    found = bootstrap.mean(values, mask, DIFFERENCE).as_dict()
-    return {k: min(1.0, max(-1.0, v)) if k in ("low", "high") and v is not None else v for k, v in found.items()}
 
 
 def _levels(rows: Rows, column: str) -> dict[str, Any] | None:

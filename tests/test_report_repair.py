@@ -17,11 +17,12 @@ from clifflab.report.blocks import Drawing, Section, Table
 from clifflab.report.comparison import comparison_section
 from clifflab.report.controls import truncation_section
 from clifflab.report.numbers import cell, percent
+from clifflab.report.provenance import provenance
 from clifflab.report.repair import selection_section, tuning_section
 from clifflab.report.repair_results import EvaluationFound
 from clifflab.report.results import ModelResults
 from clifflab.science.compare import paired_figures
-from clifflab.stages.base import Layout
+from clifflab.stages.base import Identities, Layout
 from clifflab.stages.metrics import model_metrics
 from tests import repair_files as files
 from tests.browser import Elements
@@ -52,8 +53,9 @@ def made(root: Path, selection: dict[str, Any] | None = None, tuning: dict[str, 
     study = study_with()
     corpus = files.corpus_rows()
     rows = files.chosen_rows(corpus)
-    recipe = study.repair.tune.model_dump(mode="json")
+    recipe = {**study.repair.tune.model_dump(mode="json"), "learning_rate": study.repair.tune.peak}
     about = files.selection_about(corpus, rows, **(selection or {}))
+    files.write_corpus(root, root / "m", corpus)
     files.write_repair(root / "m", corpus, rows, about, files.tuning_about(recipe, **(tuning or {})))
     return results_in(root, "m", study)
 
@@ -105,16 +107,20 @@ def test_what_was_chosen(tmp_path: Path) -> None:
     assert "The repair learns from 38 of 600 traces of the corpus (6.3%): 8 benign requests" in text
     assert f"The corpus holds {cases} cliff cases" in text
     assert "30 of them were chosen" in text
-    assert "evaluated too: 7" in text
+    assert "benign (of use for the benign part alone): 240; plateau too low: 7" in text
+    assert "3 requests that are asked in the evaluation too" in text
+    assert "empty: 1" in text
     assert "too long: 1; 37 examples remain" in text
     found = tables(section)
     beside = found["The selectors side"]
     assert [row[0] for row in beside.rows] == ["misalignment (this repair)", *files.SELECTORS[1:]]
     assert column(beside, "rank correlation with final only", "random") == "\u2013"
-    assert column(beside, "benign", "random") == "21%"
+    assert column(beside, "benign part", "random") == "21%"
+    assert column(beside, "benign without labels", "plateau") == "12%"
     assert column(beside, "cliff cases", "misalignment (this repair)") == "30"
     where = found["The corpus by"]
-    assert sum(row[list(where.head).index("chosen: random")] for row in where.rows) == 38
+    assert [row[:2] for row in where.rows] == [["harmful", 320], ["benign", 240], ["wrapper_0", 20], ["wrapper_1", 20]]
+    assert sum(row[list(where.head).index("by random")] for row in where.rows) == 38
     assert column(found["Overlap of the"], "misalignment", "misalignment (this repair)") == "1.00"
     drawn = panels(section)
     assert drawn.keys() == {"selection: scores", "selection: selectors"}
@@ -130,8 +136,11 @@ def test_what_was_chosen(tmp_path: Path) -> None:
 
 def test_a_corpus_that_was_scored_elsewhere_has_no_distribution(tmp_path: Path) -> None:
     results = made(tmp_path)
-    (tmp_path / "m" / "corpus" / "cliffs.parquet").unlink()
-    assert panels(selection_section(results)).keys() == {"selection: selectors"}
+    for file in (tmp_path / "m" / "corpus").iterdir():
+        file.unlink()
+    section = selection_section(results)
+    assert panels(section).keys() == {"selection: selectors"}
+    assert [row[0] for row in tables(section)["The corpus by"].rows] == ["harmful", "wrapped", "benign"]
 
 
 def test_how_the_tuning_went(tmp_path: Path) -> None:
@@ -179,7 +188,12 @@ def test_attack_success_never_stands_alone(tmp_path: Path) -> None:
     assert {"before-after: attack success", "before-after: over-refusal"} <= drawn.keys()
     assert {"before-after-cliff: harmful", "before-after-cliff: benign"} <= drawn.keys()
     text = shown(section)
-    for words in ("with one seed", "rules that look for refusals", "harmful, wrapped, benign", "its own thinking"):
+    for words in (
+        "with one seed",
+        "rules that look for refusals",
+        "of these kinds: wrapper_1, wrapper_0, harmful",
+        "its own thinking",
+    ):
         assert words in text, words
 
 
@@ -353,6 +367,18 @@ def test_a_repaired_model_is_told_without_repeating_the_first(tmp_path: Path) ->
     assert drawn[:4] == ["before_after_section", "outcomes_section", "curves_section", "cliffs_section"]
     assert not {"controls_section", "probes_section", "maps_section", "selection_section", "judges_section"} & {*drawn}
     assert truncation_section(results_in(tmp_path, "m-repaired")) is None
+
+
+def test_provenance_names_the_corpus_and_no_folder() -> None:
+    study = study_with({"evaluate": {"choices": [{"name": "facts", "path": "/secret/place/facts.jsonl"}]}})
+    sources = [f"hash of {prompt_set.name}" for prompt_set in study.prompts]
+    found = provenance(study, Identities({}, {}, sources, {"corpus": ["abc"], "evaluate": {"facts": "def"}}), {})
+    assert found["reads"] == {"corpus corpus": "abc", "evaluate facts": "def"}
+    assert "secret" not in found["settings"]
+    assert "facts.jsonl" in found["settings"]
+    assert "max_failures" not in found["settings"]
+    plain = provenance(parse(small_study()), Identities({}, {}, sources, {}), {})
+    assert "repair" not in plain["settings"]
 
 
 def test_metrics_have_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

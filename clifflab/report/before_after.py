@@ -202,12 +202,11 @@ def _training(results: ModelResults) -> list[str]:
     """What the training examples have in common with what was measured."""
     repair, settings = results.repair_of_before, results.study.repair
     items = []
-    if repair and repair.selection.get("selectors"):
-        sets = [name for name, count in repair.selection["selectors"][repair.selection["by"]]["sets"].items() if count]
+    if repair and repair.rows:
         items.append(
-            f"It was tuned on examples of {', '.join(sets)}. An evaluated set of the same kind of attack is seen, "
-            "though its requests are not: only other kinds show what carries over. Which those are, the study says by "
-            "its sets and pools."
+            f"Its harmful examples are of these kinds: {', '.join(repair.attacks)}. An evaluated set of the same kind "
+            "of attack is seen, though its requests are not: only other kinds show what carries over. Which those are, "
+            "the study says by its sets and pools."
         )
     if settings.targets.kind == "keep-thinking":
         items.append(

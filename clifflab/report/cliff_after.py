@@ -43,19 +43,21 @@ def cliff_blocks(found: EvaluationFound, results: ModelResults, before: str) -> 
         "A repair of the cliff itself moves the harmful sets to 0 by both probes. Where only the old probe says so, "
         "the model may keep its refusal somewhere else than that probe looks. Bars are 95% intervals."
     )
-    table = [
-        [name, _READ[read], *((entry.get(read) or {}).get(measure) for measure in _CLIFF)]
-        for name, entry in cliffs.items()
-        for read in reads
-    ]
+    table = [_row(name, entry, read) for name, entry in cliffs.items() for read in reads]
     caption = (
         f"Plateau, final and cliff, before and after. The old probe was trained on traces of {before}, the own one on "
-        "this model's; both at all positions. Traces of groups that the reading probe has not seen. A dash: no such "
-        "trace."
+        "this model's; both at all positions. Traces of groups that the reading probe has not seen. The change is "
+        "that of the cliff within traces, by the old probe on both sides. A dash: not measured."
     )
     drawing = Drawing("before-after-cliff", "The cliff before and after", see, panels)
-    head = ["set", "read", *(f"{measure} [95%]" for measure in _CLIFF)]
+    head = ["set", "read", "cliff [95%]", "change, paired [95%]", "plateau [95%]", "final [95%]"]
     return [drawing, Note(_own_probe(results), _excess(found)), Table(caption, head, table)]
+
+
+def _row(name: str, entry: Mapping[str, Any], read: str) -> list[Any]:
+    found = entry.get(read) or {}
+    change = entry.get("change") if read == "after_old_probe" else None
+    return [name, _READ[read], found.get("cliff"), change, found.get("plateau"), found.get("final")]
 
 
 def _excess(found: EvaluationFound) -> list[str]:

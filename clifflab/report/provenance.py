@@ -21,12 +21,20 @@ def provenance(study: Study, identities: Identities, templates: dict[str, str]) 
         templates: Hash of each model's chat template and thinking format.
     """
     settings = study.model_dump(mode="json", exclude={"runtime"}, exclude_none=True)
-    judge = settings["judge"]
-    for entry in (*settings["models"], *settings["prompts"], *([judge["guard"]] if "guard" in judge else [])):
+    judge, repair = settings["judge"], settings["repair"]
+    repair["tune"] = {key: value for key, value in repair["tune"].items() if key not in ("workers", "max_failures")}
+    files = [*settings["models"], *settings["prompts"], *repair["corpus"], *repair["evaluate"]["choices"]]
+    for entry in (*files, *([judge["guard"]] if "guard" in judge else [])):
         entry["path"] = _short_path(entry["path"])
-    for holder, key in ((judge, "labels"), (judge.get("guard", {}), "template")):
+    adapters = [(model, "adapter") for model in settings["models"]]
+    for holder, key in ((judge, "labels"), (judge.get("guard", {}), "template"), *adapters):
         if holder.get(key):
             holder[key] = _short_path(holder[key])
+    if not study.repair.corpus and not any(model.before for model in study.models):
+        del settings["repair"]  # nothing of it was done
+    reads = dict(identities.reads)
+    if "corpus" in reads:  # a hash a set, in the study's order
+        reads["corpus"] = {p.name: digest for p, digest in zip(study.repair.corpus, reads["corpus"], strict=True)}
     models = []
     for name, identity in identities.models.items():
         facts = {k: v for k, v in identity.items() if k != "name" and v not in (None, False)}
@@ -35,7 +43,7 @@ def provenance(study: Study, identities: Identities, templates: dict[str, str]) 
         "version": code_version(),
         "seed": study.seed,
         "packages": package_versions(every=True),
-        "reads": {f"{step} {what}": found for step, read in identities.reads.items() for what, found in _flat(read)},
+        "reads": {f"{step} {what}": found for step, read in reads.items() for what, found in _flat(read)},
         "models": models,
         "sources": {p.name: digest for p, digest in zip(study.prompts, identities.sources, strict=True)},
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),

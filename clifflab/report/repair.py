@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from clifflab.config import TuneConfig
 from clifflab.report.blocks import Block, Drawing, Note, Section, Table
+from clifflab.report.corpus_results import corpus_families, corpus_rejects, corpus_scores
 from clifflab.report.figures import choice_bars, learning_curve, score_histogram
-from clifflab.report.repair_results import RepairFound, corpus_scores
+from clifflab.report.repair_results import RepairFound
 from clifflab.report.results import ModelResults
 from clifflab.science.judges import OUTCOMES
 
@@ -24,6 +25,12 @@ RANKED_BY = {
     "rules": "those that the rule judge says were complied with",
     "guard": "those whose response the guard calls harmful",
 }
+_LEFT_OUT = {
+    "benign": "benign (of use for the benign part alone)",
+    "outcome": "another outcome than asked for",
+    "low_plateau": "plateau too low",
+    "short_thinking": "thinking too short",
+}
 _LEARNT = {
     "assistant": "Only what the assistant writes is learnt: thinking, closing tokens and response.",
     "response": "Only the response behind the closing tokens is learnt.",
@@ -38,11 +45,11 @@ def selection_section(results: ModelResults) -> Section | None:
     if found.selection.get("reason"):
         return Section("selection", SELECTION_TITLE, [Note(f"No example was chosen: {found.selection['reason']}.")])
     blocks: list[Block] = [
-        Note(_choice(found, results), _choice_notes(found)),
+        Note(_choice(found, results), _choice_notes(found, results)),
         *_drawing(found, results),
         _selectors_table(found),
         *_overlap_table(found),
-        _corpus_table(found),
+        _corpus_table(found, results),
     ]
     return Section("selection", SELECTION_TITLE, blocks)
 
@@ -73,7 +80,7 @@ def _choice(found: RepairFound, results: ModelResults) -> str:
     budget, plateau = about["budget"], results.study.repair.select.plateau
     share = f" ({budget['examples'] / budget['corpus']:.1%})" if budget["corpus"] else ""
     eligible = (
-        "labelled harmful, and neither unclosed nor degenerate"
+        "labelled harmful, closed, whole and scored"
         if about["labelled"]
         else f"with a plateau of at least {plateau:g}, since the corpus has no labels"
     )
@@ -87,12 +94,18 @@ def _choice(found: RepairFound, results: ModelResults) -> str:
     )
 
 
-def _choice_notes(found: RepairFound) -> list[str]:
+def _choice_notes(found: RepairFound, results: ModelResults) -> list[str]:
     about, targets = found.selection, found.selection["targets"]
     notes = []
-    if left := {reason: count for reason, count in about["left_out"].items() if count}:
-        counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in left.items())
-        notes.append(f"Left out of the {about['budget']['corpus']:,} traces, by reason: {counts}.")
+    if told := _counted(about["left_out"], _LEFT_OUT):
+        notes.append(f"Not eligible, by the first reason that holds: {told}.")
+    rejected = corpus_rejects(results.layout.root)
+    near = about.get("contaminated", 0) + rejected.pop("contaminated", 0)
+    limit = results.study.repair.select.decontaminate
+    notes.append(
+        f"Left out of the corpus beforehand: {near:,} requests that are asked in the evaluation too, or nearly "
+        f"(similarity of word shingles of at least {limit:g})" + (f"; {told}." if (told := _counted(rejected)) else ".")
+    )
     if targets["kind"] == "keep-thinking":
         whose = (
             "the model's own, from requests of the corpus that it refused"
@@ -104,10 +117,15 @@ def _choice_notes(found: RepairFound) -> list[str]:
     else:
         notes.append(f"Targets are those that the corpus gives ({targets['distinct']:,} different texts).")
     notes.append("Benign requests never have a refusal as target: they keep the answer that the model gave.")
-    if rejected := {reason: count for reason, count in targets["rejected"].items() if count}:
-        counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in rejected.items())
-        notes.append(f"Chosen, but without a usable target, by reason: {counts}; {targets['rows']:,} examples remain.")
+    if told := _counted(targets["rejected"]):
+        notes.append(f"Chosen, but without a usable target, by reason: {told}; {targets['rows']:,} examples remain.")
     return notes
+
+
+def _counted(counts: Mapping[str, int], words: Mapping[str, str] | None = None) -> str:
+    """Counts by reason in words."""
+    names = words or {}
+    return "; ".join(f"{names.get(r, r.replace('_', ' '))}: {count:,}" for r, count in counts.items() if count)
 
 
 def _drawing(found: RepairFound, results: ModelResults) -> list[Block]:
@@ -142,19 +160,22 @@ def _selectors_table(found: RepairFound) -> Table:
         rho = entry["spearman_with_final"]
         rows.append(
             [
-                _own(name, found), entry["chosen"], entry["filled"], _share(entry["benign_share"]),
-                *(entry["outcomes"].get(outcome, 0) for outcome in ("complied", "refused")),
-                entry["cliff_cases"], len(entry["sets"]), entry["groups"], None if rho is None else f"{rho:.2f}",
+                _own(name, found), entry["chosen"], _share(entry["benign_share"]),
+                *(entry["outcomes"].get(outcome, 0) for outcome in ("complied", "refused")), entry["cliff_cases"],
+                entry["filled"], entry["groups"], _share(entry.get("blind_benign_share")),
+                None if rho is None else f"{rho:.2f}",
             ]
         )  # fmt: skip
-    head = ["selector", "examples", "filled up", "benign", "answered", "refused", "cliff cases", "sets", "groups"]
+    head = ["selector", "examples", "benign part", "harmful, answered", "harmful, refused", "cliff cases", "filled up"]
+    head += ["groups", "benign without labels", "rank correlation with final only"]
     caption = (
-        "The selectors side by side, at one budget. Filled up: examples that the selector could not rank and that were "
-        "drawn at random instead. Benign: share of the examples. The last column is Spearman's correlation of the "
-        "ranking with that by the final score alone: near 1 the plateau adds nothing. Counts and shares of the choice "
-        "itself: no sample, no interval. A dash: no ranking."
+        "The selectors side by side, at one budget; the benign part is the same for all. Filled up: harmful examples "
+        "that the judge did not name, drawn at random. Benign without labels: share of benign requests among what the "
+        "selector would take if no request had a label. Rank correlation: Spearman's, with the ranking by the final "
+        "score alone: near 1 the plateau adds nothing. Counts and shares of the choice itself: no sample, no interval. "
+        "A dash: not defined."
     )
-    return Table(caption, [*head, "rank correlation with final only"], rows)
+    return Table(caption, head, rows)
 
 
 def _overlap_table(found: RepairFound) -> list[Block]:
@@ -163,8 +184,8 @@ def _overlap_table(found: RepairFound) -> list[Block]:
         return []
     rows = [[_own(a, found), *(_jaccard(overlap, a, b) for b in names)] for a in names]
     caption = (
-        "Overlap of the choices: examples that two selectors share, over all that either chose (Jaccard): 1 is the "
-        "same choice. No sample, no interval."
+        "Overlap of the choices: harmful examples that two selectors share, over all that either chose (Jaccard): 1 is "
+        "the same choice. No sample, no interval."
     )
     return [Table(caption, ["selector", *names], rows)]
 
@@ -174,19 +195,22 @@ def _jaccard(overlap: Mapping[str, Mapping[str, float]], a: str, b: str) -> str 
     return None if value is None else f"{value:.2f}"
 
 
-def _corpus_table(found: RepairFound) -> Table:
-    """The sets of the corpus, and where each selector took its examples from."""
+def _corpus_table(found: RepairFound, results: ModelResults) -> Table:
+    """The families of the corpus (or its sets), and where each selector took its examples from."""
     about = found.selection
+    corpus = corpus_families(results.layout.root, results.folder) or {
+        name: Counter({o: entry[o] for o in OUTCOMES}) for name, entry in about["corpus_outcomes"].items()
+    }
+    taken = {name: found.families(name) for name in found.selectors}
     rows = [
-        [name, entry["n"], *(entry[o] for o in OUTCOMES)]
-        + [about["selectors"][s]["sets"].get(name, 0) for s in found.selectors]
-        for name, entry in about["corpus_outcomes"].items()
+        [name, counts.total(), *(counts[o] for o in OUTCOMES), *(taken[s][name] for s in found.selectors)]
+        for name, counts in corpus.items()
     ]
     caption = (
-        "The corpus by set: what the model did with it, and how many examples each selector took from there. Counts of "
-        "all traces."
+        "The corpus by category, or by set where there is none: what the model did with it, and how many examples each "
+        "selector took from there, the benign part included. Counts of all traces."
     )
-    return Table(caption, ["set", "traces", *OUTCOMES, *(f"chosen: {name}" for name in found.selectors)], rows)
+    return Table(caption, ["of the corpus", "traces", *OUTCOMES, *(f"by {name}" for name in found.selectors)], rows)
 
 
 def _own(name: str, found: RepairFound) -> str:
@@ -204,21 +228,19 @@ def _recipe(about: Mapping[str, Any]) -> str:
         how = f"LoRA of rank {recipe['rank']} (alpha {recipe['alpha']}) on {where}: {trained}{share} were trained."
     else:
         how = f"All weights were free: {trained} were trained."
-    rate = TuneConfig.model_validate({"method": about["method"], "learning_rate": recipe["learning_rate"]}).peak
     warm = f" after a warm-up over {100 * recipe['warmup']:g}% of the steps" if recipe["warmup"] else ""
     return (
         f"{how} At most {recipe['epochs']:,} epochs in batches of {recipe['batch_size']:,} examples over all workers "
-        f"({about['workers']:,} here), learning rate at most {rate:g}, {recipe['schedule']} schedule{warm}, AdamW with "
-        f"weight decay {recipe['weight_decay']:g}, gradients clipped at norm {recipe['clip']:g}. "
-        f"{_LEARNT[recipe['loss_on']]}"
+        f"({about['workers']:,} here), learning rate at most {recipe['learning_rate']:g}, {recipe['schedule']} "
+        f"schedule{warm}, AdamW with weight decay {recipe['weight_decay']:g}, gradients clipped at norm "
+        f"{recipe['clip']:g}. {_LEARNT[recipe['loss_on']]}"
     )
 
 
 def _tuning_notes(about: Mapping[str, Any]) -> list[str]:
     examples, tokens, best = about["examples"], about["tokens"], about["best"]
     held = examples["validation"]
-    rejected = {reason: count for reason, count in examples["rejected"].items() if count}
-    counts = "; ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in rejected.items()) or "none"
+    counts = _counted(examples["rejected"]) or "none"
     told = f"{held:,} were held out by group to stop in time" if held else "none was held out"
     notes = [f"Examples: {examples['train']:,} were learnt from, {told}. Rejected, by reason: {counts}."]
     if examples["cut"]:

@@ -9,13 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from clifflab.artifacts import read_json, read_parquet
-from clifflab.science.stats import Floats
+from clifflab.report.corpus_results import family
 
 MEASURES = ("asr", "over_refusal", "unclosed", "degenerate")
 CHOSEN_AS = ("cliff case", "harmful, answered", "harmful, refused", "unlabelled", "benign")
@@ -61,6 +56,16 @@ class RepairFound:
         """Traces that a selector chose, those with the model's own answer as target left out."""
         return [r["trace_id"] for r in self.rows if r["selector"] == selector and r["role"] != "benign"]
 
+    def families(self, selector: str) -> Counter[str]:
+        """How many of a selector's examples are of which family (:func:`family`)."""
+        return Counter(family(row["set"], row["category"]) for row in self.rows if row["selector"] == selector)
+
+    @cached_property
+    def attacks(self) -> list[str]:
+        """Families of the harmful examples that the model learnt from, the largest first."""
+        mine = [r for r in self.rows if r["selector"] == self.selection["by"] and r["role"] != "benign"]
+        return [name for name, _ in Counter(family(row["set"], row["category"]) for row in mine).most_common()]
+
 
 def _kind(row: Mapping[str, Any], plateau: float) -> str:
     if row["role"] == "benign" or row["label"] == "benign":
@@ -70,51 +75,6 @@ def _kind(row: Mapping[str, Any], plateau: float) -> str:
     if row["outcome"] != "complied":
         return "harmful, refused"
     return "cliff case" if row["plateau"] is not None and row["plateau"] >= plateau else "harmful, answered"
-
-
-@dataclass(frozen=True)
-class CorpusScores:
-    """One score of every corpus trace that has it.
-
-    Attributes:
-        measure: Which score.
-        kinds: The scores by kind of trace, ``[N]`` each.
-        chosen: Those of the chosen traces, ``[K]``.
-    """
-
-    measure: str
-    kinds: Mapping[str, Floats]
-    chosen: Floats
-
-
-def corpus_scores(folder: Path, measure: str, positions: str, chosen: Sequence[str]) -> CorpusScores | None:
-    """Scores of a model's corpus, read by columns; ``None`` where the corpus was not scored here.
-
-    Args:
-        folder: The model's folder.
-        measure: A column of ``cliffs.parquet``.
-        positions: Training positions of the probe that ranked.
-        chosen: ``trace_id`` of the chosen traces.
-    """
-    file = folder / "corpus" / "cliffs.parquet"
-    if not file.is_file():
-        return None
-    keep = [("train_positions", "=", positions), ("estimator", "=", "logistic"), ("reported", "=", True)]
-    table = pq.read_table(file, columns=["trace_id", "label", "outcome", measure], filters=keep)
-    table = table.filter(pc.is_valid(table[measure]))
-    own = pc.is_in(table["trace_id"], pa.array(chosen, pa.string()))
-    masks = {
-        "harmful, answered": pc.and_(pc.equal(table["label"], "harmful"), pc.equal(table["outcome"], "complied")),
-        "harmful, refused": pc.and_(pc.equal(table["label"], "harmful"), pc.equal(table["outcome"], "refused")),
-        "benign": pc.equal(table["label"], "benign"),
-        "unlabelled": pc.invert(pc.is_in(table["label"], pa.array(["harmful", "benign"]))),
-    }
-    kinds = {name: _column(table.filter(mask), measure) for name, mask in masks.items()}
-    return CorpusScores(measure, {k: v for k, v in kinds.items() if len(v)}, _column(table.filter(own), measure))
-
-
-def _column(table: pa.Table, name: str) -> Floats:
-    return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
 
 @dataclass(frozen=True)
