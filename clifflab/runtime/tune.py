@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import code_version, file_hash, fingerprint, locked, package_versions
-from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
+from clifflab.config import ModelSpec, RuntimeConfig, Study, TuneConfig
 from clifflab.data.files import check_source, source_hash
 from clifflab.models.loading import fetch, load, model_identity, resolve_spec
 from clifflab.runtime.progress import Reporter, Silent
+from clifflab.stages import Context, Identities, Unit
+from clifflab.stages.tune import finish_unit, tune_folder, tune_job
 from clifflab.tuning.group import Alone, Group
 from clifflab.tuning.loop import Listen
 from clifflab.tuning.run import Order, check_finished, recipe, tune
@@ -100,6 +102,39 @@ def over_ray(
     workers = None if settings.workers == "auto" else settings.workers
     threads = threads or max(1, (os.cpu_count() or 1) // (workers or 1))
     return run_gang(body, Gang(place / "ray", workers, threads, settings.max_failures), runtime, listen)
+
+
+@dataclass(frozen=True)
+class _StepBody:
+    """What each worker of a study's step does."""
+
+    study: Study
+    root: Path
+    identities: Identities
+    model: str
+
+    def __call__(self, group: Group, listen: Listen) -> dict[str, Any]:
+        """Tune the model of the study."""
+        return tune_job(Context(self.study, self.root, self.identities), self.model, group, listen)
+
+
+def tune_unit(context: Context, unit: Unit, listen: Listen) -> dict[str, Any]:
+    """The unit of a study's step ``tune``, done by ``repair.tune.workers`` Ray Train workers.
+
+    They take a GPU or core each, so whoever holds these must let them go first.
+
+    Returns:
+        Counts for the event log.
+
+    Raises:
+        ClifflabError: A user's error that some worker met.
+    """
+    study, settings = context.study, context.study.repair.tune
+    assert unit.model is not None
+    body = _StepBody(study, context.layout.root, context.identities, unit.model)
+    place = tune_folder(context, unit.model)
+    figures = over_ray(body, place, settings, study.runtime, listen, study.runtime.threads)
+    return finish_unit(context, unit, figures)
 
 
 def _order(spec: ModelSpec, data: str, out: Path, settings: TuneConfig, seed: int) -> Order:
