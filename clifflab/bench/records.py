@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from clifflab.errors import ClifflabError
+
+
+class UnequalResultsError(ClifflabError):
+    """A fast way found something else than the plain way: a bug, and no benchmark."""
+
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Record:
@@ -23,11 +31,12 @@ class Record:
         model: What ran.
         dtype: Of its weights.
         method: Which way.
-        tokens: Tokens of one trace.
+        tokens: Tokens of one trace; of a training the mean over its examples.
         repeats: Timed runs, after an untimed one.
         seconds_median: Median seconds of a run.
-        tokens_per_second: Tokens of all traces, once for every swept head and once unchanged, per second.
-        ratio_to_plain: Seconds that the plain way needs for all heads, over this method's.
+        tokens_per_second: Tokens of all traces, once for every swept head and once unchanged, per second; of a
+            training, tokens of all its examples.
+        ratio_to_plain: Seconds that the plain way needs for the same, over this method's.
         max_abs_diff: Largest difference from the plain way's results.
         peak_memory_bytes: Peak memory during the runs: the device's, or on a CPU this process's.
     """

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from clifflab.bench.geometries import PREFIX, random_model
-from clifflab.bench.records import Record, timed
+from clifflab.bench.records import Record, UnequalResultsError, timed
 from clifflab.config import ModelSpec
-from clifflab.errors import ClifflabError, InputError
+from clifflab.errors import InputError
 from clifflab.models.heads import Head, HeadMap, find_heads
 from clifflab.models.intervene import Intervention
 from clifflab.models.lens import make_lens
@@ -23,12 +23,6 @@ from clifflab.sweep.plain import plain_sweep
 METHODS = ("plain", "closing", "all", "direct", "attribution")
 _SHARE, _MOST = 0.01, 1e-4  # of the largest plain result, and at most this, in float32
 _HALF_SHARE = 0.25  # in half precision, whose rounding moves the plain way itself
-
-
-class UnequalResultsError(ClifflabError):
-    """A fast way found something else than the plain way: a bug, and no benchmark."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)

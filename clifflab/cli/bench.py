@@ -81,6 +81,33 @@ def select(json_file: str | None, **settings: Any) -> None:
     _print([record.as_dict() for record in records], json_file, title, columns)
 
 
+_TUNED = "organism:planted, or geometry:NAME for the sizes of smollm2-135m, qwen2.5-7b or tiny with random weights."
+
+
+@command.command("tune")
+@click.option("--model", default="geometry:smollm2-135m", show_default=True, metavar="MODEL", help=_TUNED)
+@click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="Of the weights.")
+@_number("--examples", 16, "Examples of a run.")
+@_number("--tokens", 256, "Tokens of the longest example.")
+@_number("--batch-size", 4, "Examples of an optimizer step.")
+@_number("--repeats", 5, "Interleaved timed rounds.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads on a CPU. [default: all cores]")
+@JSON
+def tune(json_file: str | None, threads: int | None, **settings: Any) -> None:
+    """Train a LoRA adapter with clifflab's loop, and with a plain loop of PEFT and PyTorch over the same batches.
+
+    The loss of every step must be equal. Tokens count prompts and no padding.
+    """
+    import torch
+
+    from clifflab.bench.tune import TuneBench, bench_tune
+
+    if threads:
+        torch.set_num_threads(threads)
+    records = bench_tune(TuneBench(**settings), lambda line: click.echo(line, err=True))
+    _show([record.as_dict() for record in records], json_file)
+
+
 def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
     first = records[0]
     title = f"bench {first['bench']}: {first['model']}, {first['dtype']}, {first['tokens']} tokens a trace"
@@ -88,7 +115,7 @@ def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
         "method": lambda record: record["method"],
         "seconds (median)": lambda record: f"{record['seconds_median']:.3f}",
         "tokens/s": lambda record: f"{record['tokens_per_second']:,.0f}",
-        "ratio to plain": lambda record: f"{record['ratio_to_plain']:.1f}",
+        "ratio to plain": lambda record: f"{record['ratio_to_plain']:.3g}",
         "largest difference": lambda record: f"{record['max_abs_diff']:.1e}",
         "peak memory": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
     }

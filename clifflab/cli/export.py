@@ -74,6 +74,32 @@ def ablated(
     click.echo(f"written  {place}")
 
 
+@command.command("merged")
+@click.option("--model", required=True, metavar="MODEL", help="The base model: a folder, a hub id or organism:planted.")
+@click.option("--revision", help="Commit, tag or branch of a hub id.")
+@click.option("--adapter", required=True, metavar="DIR", help="A LoRA adapter in PEFT's format, or what tune wrote.")
+@click.option("--out", required=True, metavar="DIR", help="Folder to create.")
+def merged(model: str, revision: str | None, adapter: str, out: str) -> None:
+    """Write a model with an adapter added to its weights, and its model card.
+
+    The checkpoint is compared with the model that has the adapter beside its weights before DIR gets its name.
+
+    \b
+    Exit codes: 0 done; 2 wrong input, one line says which.
+    """
+    from clifflab.models.export import check_out
+    from clifflab.tuning.merge import export_merged
+
+    place = Path(out).expanduser().absolute()
+    check_out(place)
+    spec = _spec(model, revision, "--model")
+    about = export_merged(spec, Path(adapter).expanduser().absolute(), place, _identity(spec))
+    check = about["check"]
+    click.echo(f"merged   {about['layers']} layers' weights, stored as {about['dtype']}")
+    click.echo(f"checked  logits differ from the adapted model by at most {check['largest_difference_of_logits']:.3g}")
+    click.echo(f"written  {place}")
+
+
 def _parsed(text: str) -> list[Head]:
     from clifflab.config.heads import parse_head
 
@@ -132,12 +158,12 @@ def _export(
     return told
 
 
-def _spec(path: str, revision: str | None) -> ModelSpec:
+def _spec(path: str, revision: str | None, option: str = "--checkpoint") -> ModelSpec:
     from clifflab.config import ModelSpec
     from clifflab.models.loading import resolve_spec
 
     if not path.strip():
-        raise InputError("--checkpoint", path, "is empty", "give a checkpoint folder, a hub id or organism:planted")
+        raise InputError(option, path, "is empty", "give a checkpoint folder, a hub id or organism:planted")
     return resolve_spec(ModelSpec(name="model", path=path, revision=revision))
 
 

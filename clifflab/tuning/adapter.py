@@ -102,6 +102,12 @@ def save_adapter(peft: Any, folder: Path, about: dict[str, Any]) -> None:
     write_text(folder / "README.md", card(about))
 
 
+def find_adapter(folder: Path) -> Path:
+    """The adapter in a folder: the folder itself, or the one inside that a tuning wrote."""
+    inside = folder / "adapter"
+    return inside if not (folder / CONFIG).exists() and (inside / CONFIG).exists() else folder
+
+
 def weight_sample(model: Any) -> dict[str, list[float]]:
     """What tells a base model from any other, whatever file it came from; to be taken without an adapter.
 
@@ -151,8 +157,6 @@ def load_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
-        folder = folder / "adapter"  # the folder of a tuning
     config, about = read_json(folder / CONFIG), read_json(folder / ABOUT)
     if not isinstance(config, dict):
         raise _unfit(folder, f"holds no {CONFIG}")

@@ -140,6 +140,7 @@ class _Training:
             self.listen("start", {"steps": self.steps, "done": self.progress.step})
             while self.progress.step < self.steps and not self.progress.stopped_early:
                 self._one_epoch()
+        self.optimizer.zero_grad(set_to_none=True)  # no gradient outlives the training
         if self.best:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():

@@ -101,20 +101,39 @@ def _write(loaded: LoadedModel, peft: Any, order: Order, about: dict[str, Any], 
 
 
 def save_model(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
-    """Write all weights in the dtype that the model was loaded in, beside the source's own tokenizer and config."""
-    from transformers import GenerationConfig
-
-    model, dtype = loaded.model, getattr(torch, loaded.spec.dtype)
-    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        model.save_pretrained(folder, state_dict={name: t.to(dtype) for name, t in model.state_dict().items()})
-    finally:
-        model.generation_config = own
-    copy_files(source_folder(loaded.spec), folder)
+    """Write all weights of a model that was tuned as a whole, in the dtype that it was loaded in, and its card."""
+    dtype = getattr(torch, loaded.spec.dtype)
+    weights = {name: tensor.to(dtype) for name, tensor in loaded.model.state_dict().items()}
+    write_weights(loaded, folder, weights, loaded.spec.dtype)
     write_json(folder / ABOUT, about)
     (folder / "README.md").write_bytes(card(about).encode())
     for file in folder.iterdir():  # weights are written for their owner alone; whoever serves them reads them
         file.chmod((folder / "README.md").stat().st_mode)
+
+
+def write_weights(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor], dtype: str) -> None:
+    """Write a model's weights as safetensors beside its source's own tokenizer and config.
+
+    Args:
+        loaded: The model.
+        folder: An existing folder.
+        weights: Its state.
+        dtype: Of these weights; the written config says so.
+    """
+    from transformers import GenerationConfig
+
+    model = loaded.model
+    # The source's own is copied, whatever it says; saving would refuse some.
+    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = own
+    copy_files(source_folder(loaded.spec), folder)
+    config = read_json(folder / "config.json")
+    if dtype not in (config.get("dtype"), config.get("torch_dtype")):
+        config.pop("torch_dtype", None)
+        write_json(folder / "config.json", {**config, "dtype": dtype})
 
 
 def recipe(settings: TuneConfig) -> dict[str, Any]:
