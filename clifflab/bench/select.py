@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from clifflab import tables
-from clifflab.bench.records import timed
-from clifflab.bench.sweep import UnequalResultsError
+from clifflab.bench.records import UnequalResultsError, timed
 from clifflab.config import SelectConfig
 from clifflab.repair.corpus import NEEDED, PROBE, Corpus, probe_rows
 from clifflab.repair.files import read_here
