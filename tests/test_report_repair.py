@@ -119,7 +119,10 @@ def test_what_was_chosen(tmp_path: Path) -> None:
     assert column(beside, "benign without labels", "plateau") == "12%"
     assert column(beside, "cliff cases", "misalignment (this repair)") == "30"
     where = found["The corpus by"]
-    assert [row[:2] for row in where.rows] == [["harmful", 320], ["benign", 240], ["wrapper_0", 20], ["wrapper_1", 20]]
+    assert [(row[0], row[1], row[2]) for row in where.rows] == [
+        ("harmful", "harmful", 320), ("benign", "benign", 240), ("wrapper_0", "harmful", 20),
+        ("wrapper_1", "harmful", 20),
+    ]  # fmt: skip
     assert sum(row[list(where.head).index("by random")] for row in where.rows) == 38
     assert column(found["Overlap of the"], "misalignment", "misalignment (this repair)") == "1.00"
     drawn = panels(section)
@@ -140,7 +143,7 @@ def test_a_corpus_that_was_scored_elsewhere_has_no_distribution(tmp_path: Path) 
         file.unlink()
     section = selection_section(results)
     assert panels(section).keys() == {"selection: selectors"}
-    assert [row[0] for row in tables(section)["The corpus by"].rows] == ["harmful", "wrapped", "benign"]
+    assert "The corpus by" not in tables(section)
 
 
 def test_how_the_tuning_went(tmp_path: Path) -> None:
@@ -161,6 +164,7 @@ def test_how_the_tuning_went(tmp_path: Path) -> None:
     nothing_held = {"validation": [], "best": None, "examples": {"train": 5, "validation": 0, "rejected": {}, "cut": 2}}
     section = tuning_section(made(tmp_path, tuning=nothing_held))
     assert "none was held out" in shown(section)
+    assert "Kept are the weights of the last step." in shown(section)
     assert "cut in 2 examples" in shown(section)
     (drawn,) = panels(section).values()
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["training batch"]
@@ -288,7 +292,7 @@ def test_verdicts_go_by_the_intervals_of_paired_changes(tmp_path: Path) -> None:
         return repair_short.verdict(EvaluationFound(files.evaluation_about(files.evaluation_rows(sets), **changes)))
 
     good = {"attack": ("harmful", 0.95, 0.02), "benign": ("benign", 0.0, 0.0)}
-    assert verdict(good) == "Attack success falls, and no cost that was measured is clear of zero."
+    assert verdict(good) == "Attack success falls, and what was measured beside it holds."
     costly = verdict({**good, "benign": ("benign", 0.02, 0.9)})
     assert costly == "Attack success falls, at a cost: over-refusal rises."
     assert verdict({"attack": ("harmful", 0.5, 0.5)}).startswith("No repair shown")

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from clifflab.science.stats import Floats
 
+Family = tuple[str, str]  # category (or set), and label
+
 
 def family(name: str, category: str | None) -> str:
     """What a request of the corpus belongs to: its category, or its set where it has none."""
@@ -65,8 +67,8 @@ def _column(table: pa.Table, name: str) -> Floats:
     return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
 
-def corpus_families(root: Path, folder: Path) -> dict[str, Counter[str]] | None:
-    """Outcomes of the corpus by family; ``None`` where the study does not hold the corpus.
+def corpus_families(root: Path, folder: Path) -> dict[Family, Counter[str]] | None:
+    """Outcomes of the corpus by family and label, the largest first; ``None`` where the study does not hold the corpus.
 
     Args:
         root: The study's folder.
@@ -77,12 +79,14 @@ def corpus_families(root: Path, folder: Path) -> dict[str, Counter[str]] | None:
         return None
     prompts, traces, outcomes = (
         pq.read_table(file, columns=columns)
-        for file, columns in zip(files, (["set", "id", "category"], ["set", "id"], ["outcome"]), strict=True)
+        for file, columns in zip(files, (["set", "id", "category"], ["set", "id", "label"], ["outcome"]), strict=True)
     )
     joined = traces.append_column("outcome", outcomes["outcome"]).join(prompts, ["set", "id"])
-    found: dict[str, Counter[str]] = {}
-    for row in joined.group_by(["set", "category", "outcome"]).aggregate([([], "count_all")]).to_pylist():
-        found.setdefault(family(row["set"], row["category"]), Counter())[row["outcome"]] += row["count_all"]
+    keys = ["set", "category", "label", "outcome"]
+    found: dict[Family, Counter[str]] = {}
+    for row in joined.group_by(keys).aggregate([([], "count_all")]).to_pylist():
+        own = family(row["set"], row["category"]), row["label"]
+        found.setdefault(own, Counter())[row["outcome"]] += row["count_all"]
     return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
 
 

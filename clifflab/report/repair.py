@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +48,7 @@ def selection_section(results: ModelResults) -> Section | None:
         *_drawing(found, results),
         _selectors_table(found),
         *_overlap_table(found),
-        _corpus_table(found, results),
+        *_corpus_table(found, results),
     ]
     return Section("selection", SELECTION_TITLE, blocks)
 
@@ -63,8 +62,15 @@ def tuning_section(results: ModelResults) -> Section | None:
     if about.get("reason"):
         return Section("tuning", TUNING_TITLE, [Note(f"Nothing was tuned: {about['reason']}.")])
     see = (
-        "Both lines should fall; where the held-out line turns up while the other falls, the model learns the examples "
-        "by heart, and the weights of an earlier step are kept. Single observations of one training: no intervals."
+        "Losses fall only as far as the targets differ from what the model writes anyway: thinking that is kept costs "
+        "what it cost before. "
+        + (
+            "Where the held-out line turns up while the other falls, the model learns the examples by heart, and the "
+            "weights of an earlier step are kept."
+            if about["validation"]
+            else "No example was held out, so that nothing says from where on they are learnt by heart."
+        )
+        + " Observations of one training: no intervals."
     )
     best = about["best"]["step"] if about["best"] else None
     blocks: list[Block] = [Note(_recipe(about), _tuning_notes(about))]
@@ -172,8 +178,8 @@ def _selectors_table(found: RepairFound) -> Table:
         "The selectors side by side, at one budget; the benign part is the same for all. Filled up: harmful examples "
         "that the judge did not name, drawn at random. Benign without labels: share of benign requests among what the "
         "selector would take if no request had a label. Rank correlation: Spearman's, with the ranking by the final "
-        "score alone: near 1 the plateau adds nothing. Counts and shares of the choice itself: no sample, no interval. "
-        "A dash: not defined."
+        "score alone, over all eligible traces; the choice is made at the top, where the overlap below says how much "
+        "the two differ. Counts and shares of the choice itself: no sample, no interval. A dash: not defined."
     )
     return Table(caption, head, rows)
 
@@ -195,22 +201,22 @@ def _jaccard(overlap: Mapping[str, Mapping[str, float]], a: str, b: str) -> str 
     return None if value is None else f"{value:.2f}"
 
 
-def _corpus_table(found: RepairFound, results: ModelResults) -> Table:
-    """The families of the corpus (or its sets), and where each selector took its examples from."""
-    about = found.selection
-    corpus = corpus_families(results.layout.root, results.folder) or {
-        name: Counter({o: entry[o] for o in OUTCOMES}) for name, entry in about["corpus_outcomes"].items()
-    }
+def _corpus_table(found: RepairFound, results: ModelResults) -> list[Block]:
+    """The families of the corpus, and where each selector took its examples from."""
+    corpus = corpus_families(results.layout.root, results.folder)
+    if corpus is None:
+        return []
     taken = {name: found.families(name) for name in found.selectors}
     rows = [
-        [name, counts.total(), *(counts[o] for o in OUTCOMES), *(taken[s][name] for s in found.selectors)]
-        for name, counts in corpus.items()
+        [*key, counts.total(), *(counts[o] for o in OUTCOMES), *(taken[s][key] for s in found.selectors)]
+        for key, counts in corpus.items()
     ]
     caption = (
         "The corpus by category, or by set where there is none: what the model did with it, and how many examples each "
         "selector took from there, the benign part included. Counts of all traces."
     )
-    return Table(caption, ["of the corpus", "traces", *OUTCOMES, *(f"by {name}" for name in found.selectors)], rows)
+    head = ["of the corpus", "label", "traces", *OUTCOMES, *(f"by {name}" for name in found.selectors)]
+    return [Table(caption, head, rows)]
 
 
 def _own(name: str, found: RepairFound) -> str:
@@ -255,6 +261,8 @@ def _tuning_notes(about: Mapping[str, Any]) -> list[str]:
     if best:
         loss = "" if best["loss"] is None else f", with a loss of {best['loss']:.3f} on the held-out examples"
         notes.append(f"Kept are the weights of step {best['step']:,} (epoch {best['epoch']:g}){loss}.")
+    else:
+        notes.append("Kept are the weights of the last step.")
     return notes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import read_json, read_parquet
-from clifflab.report.corpus_results import family
+from clifflab.report.corpus_results import Family, family
 
 MEASURES = ("asr", "over_refusal", "unclosed", "degenerate")
 CHOSEN_AS = ("cliff case", "harmful, answered", "harmful, refused", "unlabelled", "benign")
@@ -56,9 +56,10 @@ class RepairFound:
         """Traces that a selector chose, those with the model's own answer as target left out."""
         return [r["trace_id"] for r in self.rows if r["selector"] == selector and r["role"] != "benign"]
 
-    def families(self, selector: str) -> Counter[str]:
-        """How many of a selector's examples are of which family (:func:`family`)."""
-        return Counter(family(row["set"], row["category"]) for row in self.rows if row["selector"] == selector)
+    def families(self, selector: str) -> Counter[Family]:
+        """How many of a selector's examples are of which family and label."""
+        mine = [row for row in self.rows if row["selector"] == selector]
+        return Counter((family(row["set"], row["category"]), row["label"]) for row in mine)
 
     @cached_property
     def attacks(self) -> list[str]:

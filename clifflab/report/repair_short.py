@@ -93,7 +93,7 @@ def verdict(found: EvaluationFound) -> str:
     if found.rising("asr"):
         costs.append(f"attack success rises on {', '.join(found.rising('asr'))}")
     if not costs:
-        return "Attack success falls, and no cost that was measured is clear of zero."
+        return "Attack success falls, and what was measured beside it holds."
     return f"Attack success falls, at a cost: {', '.join(costs)}."
 
 

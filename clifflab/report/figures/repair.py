@@ -121,7 +121,6 @@ def learning_curve(
         )  # fmt: skip
     if best is not None:
         axes.axvline(best, color=INK, linewidth=0.9, linestyle=":", label=f"kept: step {best:,}")
-    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token (nats)")
