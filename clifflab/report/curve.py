@@ -11,6 +11,7 @@ from clifflab.report.figures.less import budget_curve, pareto_scatter
 from clifflab.report.numbers import interval, percent
 from clifflab.report.results import ModelResults
 from clifflab.science.less import COMPARED, LOW_ASR, MOST_RISE, RANDOM
+from clifflab.science.less_words import enough
 
 TITLE = "Less is more: how many examples, and who chooses them"
 _WHAT = {"asr": "attack success", "over_refusal": "over-refusal"}
@@ -51,6 +52,16 @@ def curve_line(summary: Mapping[str, Any]) -> str:
         f"less is more: ASR {percent(found['before']['pooled']['asr'])} before; smallest budget with ASR below "
         f"{100 * LOW_ASR:.0f}% and over-refusal up by less than {100 * MOST_RISE:.0f} points: {', '.join(needed)}"
     )
+
+
+def curve_sentence(summary: Mapping[str, Any]) -> str:
+    """The curve in short, for the top of the page; empty where the study has none."""
+    found = summary.get("curve")
+    if not found:
+        return ""
+    if found["reason"]:
+        return f"There is no less-is-more curve: {found['reason']}."
+    return enough(found) if found["attacked"] else found["findings"][0]
 
 
 def _how(found: Figures) -> str:

@@ -37,7 +37,22 @@ def findings(figures: Figures, method: str) -> list[str]:
     for selector in dict.fromkeys(point["selector"] for point in figures["points"]):
         if selector not in (method, RANDOM):
             said += _other(figures, selector)
-    return [sentence for sentence in [*said, _needed(figures), *_broken(figures)] if sentence]
+    return [sentence for sentence in [*said, enough(figures), *_broken(figures)] if sentence]
+
+
+def enough(figures: Figures) -> str:
+    """The smallest budget that is enough, of each selector."""
+    parts = []
+    for entry in figures["needed"]:
+        if entry["budget"] is None:
+            parts.append(f"{entry['selector']} at none of these budgets")
+        else:
+            later = "" if entry["stays"] else " (and not at every larger one)"
+            parts.append(f"{entry['selector']} at {entry['budget']:,} examples{later}")
+    return (
+        f"Smallest budget with attack success below {100 * LOW_ASR:.0f}% and over-refusal up by less than "
+        f"{100 * MOST_RISE:.0f} points (means over {figures['seeds']} seeds): {'; '.join(parts)}."
+    )
 
 
 def percent(figure: Figures) -> str:
@@ -106,21 +121,6 @@ def _other(figures: Figures, selector: str) -> list[str]:
     if not any(row["selector"] == selector for row in figures["against_random"]):
         return []
     return [f"Against {RANDOM} choice {selector} has {listed(parts) if parts else 'no difference at any budget'}."]
-
-
-def _needed(figures: Figures) -> str:
-    """The smallest budget that is enough, of each selector."""
-    parts = []
-    for entry in figures["needed"]:
-        if entry["budget"] is None:
-            parts.append(f"{entry['selector']} at none of these budgets")
-        else:
-            later = "" if entry["stays"] else " (and not at every larger one)"
-            parts.append(f"{entry['selector']} at {entry['budget']:,} examples{later}")
-    return (
-        f"Smallest budget with attack success below {100 * LOW_ASR:.0f}% and over-refusal up by less than "
-        f"{100 * MOST_RISE:.0f} points (means over {figures['seeds']} seeds): {'; '.join(parts)}."
-    )
 
 
 def _broken(figures: Figures) -> list[str]:
