@@ -349,3 +349,24 @@ CURVE = pa.schema(
         ("perplexity", pa.float64()),
     ]
 )
+
+CURVE_TRACES = pa.schema(
+    [
+        ("model", pa.string()),
+        ("selector", pa.string()),
+        ("budget", pa.int32()),
+        ("seed", pa.int32()),
+        ("trace_id", pa.string()),
+        ("id", pa.string()),
+        ("set", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("thinking_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+        ("response", pa.string()),
+        ("closed", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("outcome", pa.string()),
+        ("outcome_reason", pa.string()),
+    ]
+)

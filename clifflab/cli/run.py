@@ -68,6 +68,7 @@ def print_models(models: dict[str, dict[str, Any]], fraction: float) -> None:
     """
     from clifflab.cli.evaluate import print_evaluation
     from clifflab.findings import visible
+    from clifflab.report.curve import curve_line
     from clifflab.report.repair_short import repair_lines
 
     after = {model["evaluation"]["before"]: model for model in models.values() if model.get("evaluation")}
@@ -76,8 +77,9 @@ def print_models(models: dict[str, dict[str, Any]], fraction: float) -> None:
             print_evaluation(model["evaluation"])
             continue
         print_model(name, model, fraction)
-        for line in repair_lines(model, after.get(name)):
-            click.echo(visible(line))
+        for line in (*repair_lines(model, after.get(name)), curve_line(model)):
+            if line:
+                click.echo(visible(line))
 
 
 def print_model(name: str, model: dict[str, Any], fraction: float = 0.03) -> None:

@@ -124,6 +124,15 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _guard_to_choose(self) -> Study:
+        select, curve = self.repair.select, self.repair.curve
+        named = {"select.by": [select.by], "select.beside": select.beside, "curve.selectors": curve.selectors}
+        field = next((field for field, selectors in named.items() if "guard" in selectors), None)
+        if self.repair.corpus and field and self.judge.guard is None:
+            raise ValueError(f"repair.{field}: 'guard' needs a guard's verdicts; give judge.guard")
+        return self
+
+    @model_validator(mode="after")
     def _known_models(self) -> Study:
         names = [model.name for model in self.models]
         if unknown := next((name for name in self.repair.models if name not in names), None):

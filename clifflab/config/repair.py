@@ -192,6 +192,13 @@ class CurveConfig(Section):
             raise ValueError("give ascending numbers of examples, at least 2")
         return value
 
+    @field_validator("selectors")
+    @classmethod
+    def _selectors(cls, value: tuple[Selector, ...]) -> tuple[Selector, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("name at least one, and none twice")
+        return value
+
 
 class RepairConfig(Section):
     """Choose examples, tune on them, and measure the tuned model beside the first one; nothing without a corpus.
@@ -220,4 +227,10 @@ class RepairConfig(Section):
         names = [part.name for part in self.corpus]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"corpus: the name {twice[0]!r} is used twice; give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_choose_from(self) -> RepairConfig:
+        if self.curve.budgets and not self.corpus:
+            raise ValueError("curve.budgets: there is nothing to choose examples from; give repair.corpus")
         return self

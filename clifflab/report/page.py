@@ -14,6 +14,7 @@ from clifflab.config import Study
 from clifflab.report.blocks import Packed, Section, pack
 from clifflab.report.comparison import comparison_section, model_title
 from clifflab.report.contamination import duplicates_section
+from clifflab.report.curve import curve_sentence
 from clifflab.report.repair_short import later_finding, repair_sentence
 from clifflab.report.results import ModelResults
 from clifflab.report.sections import model_sections
@@ -102,8 +103,9 @@ def _finding(results: StudyResults, name: str) -> dict[str, str]:
         before = spec.before or spec.repairs or ""
         return {**found, **later_finding(name, before, summaries[before], summaries[name]), "before": before}
     found |= finding(name, summaries[name], results.models[name]["labels"], study.heads.fraction)
-    if not any(other.repairs == name for other in study.models):
-        found["repair"] = repair_sentence(summaries[name])
+    made = any(other.repairs == name for other in study.models)
+    told = ["" if made else repair_sentence(summaries[name]), curve_sentence(summaries[name])]
+    found["repair"] = " ".join(sentence for sentence in told if sentence)
     return {**found, "before": ""}
 
 

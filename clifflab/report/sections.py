@@ -16,6 +16,7 @@ from clifflab.report.ablation import ablation_section
 from clifflab.report.before_after import before_after_section
 from clifflab.report.blocks import Drawing, Note, Section, Table
 from clifflab.report.controls import controls_section, cross_section, judges_section, truncation_section
+from clifflab.report.curve import curve_section
 from clifflab.report.figures import cliff_histograms, closing_drops, curves, outcome_bars
 from clifflab.report.heads import heads_section
 from clifflab.report.layers import maps_section, probes_section
@@ -196,6 +197,7 @@ SECTIONS: tuple[Callable[[ModelResults], Section | None], ...] = (
     ablation_section,
     selection_section,
     tuning_section,
+    curve_section,
     maps_section,
     probes_section,
     controls_section,

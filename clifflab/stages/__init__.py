@@ -13,6 +13,7 @@ from clifflab.stages.cliff import CliffStep
 from clifflab.stages.controls import ControlsStep
 from clifflab.stages.corpus import CorpusStep
 from clifflab.stages.corpus_cliff import CorpusCliffStep
+from clifflab.stages.curve import CurveStep
 from clifflab.stages.duplicates import DuplicatesStep
 from clifflab.stages.evaluate import EvaluateStep
 from clifflab.stages.guard import GuardStep
@@ -51,6 +52,7 @@ _ORDER = (
     CorpusCliffStep(),
     SelectStep(),
     TuneStep(),
+    CurveStep(),
     EvaluateStep(),
     ReportStep(),
 )

@@ -22,7 +22,7 @@ class ReportStep(Step):
     per_model = False
     inputs = (
         "prompts", "duplicates", "traces", "judge", "guard", "probe", "controls", "cliff", "truncation", "heads",
-        "head_sets", "ablation", "select", "tune", "evaluate",
+        "head_sets", "ablation", "select", "tune", "curve", "evaluate",
     )  # fmt: skip
     suffix = ".zip"
 
