@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clifflab.errors import ConfigError
+from clifflab.errors import ConfigError, InputError
 
 
 @click.command("tune")
@@ -67,7 +67,14 @@ def command(
     from clifflab.runtime.tune import fit
 
     place = Path(out).expanduser().absolute()
-    figures = fit(spec, str(Path(data).expanduser()), place, settings, seed, runtime=runtime, reporter=Terminal())
+    source = data if data.startswith("hf:") else str(Path(data).expanduser())
+    try:
+        figures = fit(spec, source, place, settings, seed, runtime=runtime, reporter=Terminal())
+    except InputError as error:
+        if error.field not in ("thinking_format", "models.path"):
+            raise
+        option = {"thinking_format": "--thinking-format", "models.path": "--model"}[error.field]
+        raise InputError(option, error.value, error.problem, error.remedy) from None
     _show(figures, place)
 
 

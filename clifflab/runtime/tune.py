@@ -11,7 +11,7 @@ from typing import Any
 from clifflab.artifacts import code_version, file_hash, fingerprint, locked, package_versions
 from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
 from clifflab.data.files import check_source, source_hash
-from clifflab.models.loading import fetch, load, model_identity, resolve_spec
+from clifflab.models.loading import fetch, load, load_renderer, model_identity, resolve_spec
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.tuning.group import Alone, Group
 from clifflab.tuning.loop import Listen
@@ -67,6 +67,7 @@ def fit(
         return figures
     with locked(out):
         fetch(spec, reporter.note)
+        load_renderer(spec)  # what is wrong with its thinking format shows here, before any worker starts
         place = out / ".work" / order.fingerprint[:16]
         progress = Progress(reporter, spec.name)
         body = _Body(spec, order)

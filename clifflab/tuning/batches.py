@@ -36,11 +36,15 @@ def epoch_steps(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, 
     count = steps_per_epoch(len(lengths), batch_size)
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths))
+    steps = [part.tolist() for part in np.array_split(order, count)]
     if grouped:
-        pools = np.array_split(order, -(-count // _POOL))
-        order = np.concatenate([sorted(pool, key=lambda index: (lengths[index], index)) for pool in pools])
-    steps = [[int(index) for index in part] for part in np.array_split(order, count)]
-    if grouped:
+        for first in range(0, count, _POOL):
+            pool = sorted(
+                (index for step in steps[first : first + _POOL] for index in step), key=lambda i: (lengths[i], i)
+            )
+            for place in range(first, min(first + _POOL, count)):
+                size = len(steps[place])
+                steps[place], pool = pool[:size], pool[size:]
         steps = [steps[place] for place in rng.permutation(count)]
     return steps
 

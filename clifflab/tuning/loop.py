@@ -264,7 +264,7 @@ def _training_mode(model: Any, settings: TuneConfig, device: torch.device) -> It
     Only the blocks are told that they train, which is what checkpointing asks for; their parts, and with them dropout,
     stay as in evaluation.
     """
-    was = [(module, module.training) for module in model.modules()]
+    was = [(module, module.training, set(vars(module))) for module in model.modules()]
     model.eval()
     wanted = settings.checkpointing == "on" or (settings.checkpointing == "auto" and device.type == "cuda")
     try:
@@ -278,5 +278,7 @@ def _training_mode(model: Any, settings: TuneConfig, device: torch.device) -> It
         if wanted:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
-        for module, training in was:
+        for module, training, names in was:
             module.training = training
+            for name in set(vars(module)) - names if wanted else ():
+                delattr(module, name)
