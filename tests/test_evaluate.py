@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from clifflab import tables
 from clifflab.cli import cli as command
-from clifflab.cli.evaluate import print_evaluation
+from clifflab.cli.closing import print_evaluation
 from clifflab.comparison import comparison
 from clifflab.config import ModelSpec
 from clifflab.config.repair import ChoiceSet

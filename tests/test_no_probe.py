@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import clifflab
-from clifflab.cli.run import print_model
+from clifflab.cli.closing import print_model
 from clifflab.science.judges import judge
 from tests.studies import parse, small_study
 

@@ -37,6 +37,7 @@ def command(
     if dry_run:
         _dry_run(loaded, out)
         return
+    from clifflab.cli.closing import print_models
     from clifflab.runtime.progress import Terminal
     from clifflab.runtime.study import run
 
@@ -57,61 +58,6 @@ def find_study(name: str) -> Path:
     package = Path(__file__).parents[1]
     shipped = [package / "jobs" / f"{name}.yaml", package.parent / "jobs" / f"{name}.yaml"]
     return next((file for file in shipped if file.is_file()), path)
-
-
-def print_models(models: dict[str, dict[str, Any]], fraction: float) -> None:
-    """Each model's table; of one that is compared with another, the comparison.
-
-    Args:
-        models: That part of ``metrics.json``.
-        fraction: Share of heads that counts as the top.
-    """
-    from clifflab.cli.evaluate import print_evaluation
-    from clifflab.findings import visible
-    from clifflab.report.curve import curve_line
-    from clifflab.report.repair_short import repair_lines
-
-    after = {model["evaluation"]["before"]: model for model in models.values() if model.get("evaluation")}
-    for name, model in models.items():
-        if model.get("evaluation"):
-            print_evaluation(model["evaluation"])
-            continue
-        print_model(name, model, fraction)
-        for line in (*repair_lines(model, after.get(name)), curve_line(model)):
-            if line:
-                click.echo(visible(line))
-
-
-def print_model(name: str, model: dict[str, Any], fraction: float = 0.03) -> None:
-    """The closing table, the excess cliff, and what removing heads does."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from clifflab.findings import visible
-    from clifflab.report.heads_short import heads_line
-    from clifflab.report.numbers import interval
-
-    layer = model["probe"].get("all", {}).get("layer")
-    title = f"{name}: all-position probe, layer {layer}" if layer is not None else name
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("set")
-    scores = ("plateau", "final", "cliff [95%]") if layer is not None else ()
-    for heading in ("n", "refused", "complied", "unclosed", "degen.", *scores):
-        table.add_column(heading, justify="right")
-    for set_name, entry in model["sets"].items():
-        counts = [str(entry["outcomes"][key]) for key in ("n", "refused", "complied", "unclosed", "degenerate")]
-        probe = entry["probes"]["all"]
-        means = [interval({**probe[key], "low": None}).split(" ")[0] for key in ("plateau", "final")]
-        table.add_row(set_name, *counts, *([*means, interval(probe["cliff"])] if scores else []))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    console.print()
-    console.print(table)
-    excess = model["excess_cliff"]["all"]
-    why = excess.get("reason", "") if model["probe"]["trained"] else "no probe could be trained"
-    line = interval(excess) if excess["mean"] is not None else f"not defined: {why}"
-    console.print(f"excess cliff (complied - refused, matched length): {line}", markup=False, soft_wrap=True)
-    if heads := heads_line(model, fraction):
-        console.print(visible(heads), markup=False, soft_wrap=True)
 
 
 def _dry_run(study: Any, out: str) -> None:
