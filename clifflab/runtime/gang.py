@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from clifflab.tuning.group import Group, WriteFolder
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 
 Body = Callable[[Group, Listen], dict[str, Any]]
-_RESULT, _ERROR, _EVENTS = "result.json", "error.json", "events.jsonl"
 _LOOPBACK = Path("/sys/class/net/lo")
 
 
@@ -75,24 +75,53 @@ def run_gang(body: Body, gang: Gang, runtime: RuntimeConfig, listen: Listen) -> 
             problem = f"Ray has {places} {unit}, and each worker takes one"
             raise InputError("tune.workers", wanted, problem, f"give at most {places}, or auto")
         gang.folder.mkdir(parents=True, exist_ok=True)
-        for name in (_RESULT, _ERROR, _EVENTS):
-            (gang.folder / name).unlink(missing_ok=True)
-        _fit(body, gang, wanted, bool(gpus), listen)
+        for file in gang.folder.glob("*-*.json*"):
+            file.unlink()
+        post = _Post(gang.folder, secrets.token_hex(4))
+        _fit(body, gang, wanted, bool(gpus), post, listen)
     finally:
         if started:
             ray.shutdown()
-    result: dict[str, Any] = read_json(gang.folder / _RESULT)
+    result: dict[str, Any] = read_json(post.result)
     return result
 
 
-def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, listen: Listen) -> None:
+@dataclass(frozen=True)
+class _Post:
+    """Files by which workers speak to the driver; workers of a driver that was killed have others.
+
+    Attributes:
+        folder: Where they are.
+        name: Of this run.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def result(self) -> Path:
+        """What the first worker returned."""
+        return self.folder / f"result-{self.name}.json"
+
+    @property
+    def error(self) -> Path:
+        """A user's error."""
+        return self.folder / f"error-{self.name}.json"
+
+    @property
+    def events(self) -> Path:
+        """What the first worker told of its progress."""
+        return self.folder / f"events-{self.name}.jsonl"
+
+
+def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, post: _Post, listen: Listen) -> None:
     """Train in a thread of its own, so that this one hears of the progress and of an interrupt."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"body": body, "folder": str(gang.folder), "threads": gang.threads},
+        train_loop_config={"body": body, "post": post, "threads": gang.threads},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=gang.folder.name,
@@ -110,13 +139,13 @@ def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, listen: Listen) ->
             failed.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    heard = _Tail(gang.folder / _EVENTS, listen)
+    heard = _Tail(post.events, listen)
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
         heard.read()
     heard.read()
-    if error := read_json(gang.folder / _ERROR):
+    if error := read_json(post.error):
         raise _told(error)
     if failed:
         if isinstance(failed[0], TrainingFailedError) and not _is_bug(failed[0]):
@@ -140,25 +169,25 @@ def _work(config: dict[str, Any]) -> None:
     """What each worker runs, again after every failure."""
     import torch
 
-    folder = Path(config["folder"])
-    if (folder / _ERROR).exists():  # an error of the user's ended the attempt before: there is nothing to try again
+    post: _Post = config["post"]
+    if post.error.exists():  # an error of the user's ended the attempt before: there is nothing to try again
         return
     torch.set_num_threads(config["threads"])
-    group = RayGroup(folder)
+    group = RayGroup(post.folder)
 
     def listen(kind: str, entry: dict[str, Any]) -> None:
-        with (folder / _EVENTS).open("a", encoding="utf-8") as handle:
+        with post.events.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"kind": kind, "pid": os.getpid(), **entry}) + "\n")
 
     try:
         result = config["body"](group, listen)
     except ClifflabError as error:
-        write_json(folder / _ERROR, {"text": str(error), "exit_code": error.exit_code})
+        write_json(post.error, {"text": str(error), "exit_code": error.exit_code})
         if group.size > 1 and not isinstance(error, NonFiniteLossError):
             raise  # the others may wait for this one
         return
     if group.rank == 0:
-        write_json(folder / _RESULT, result)
+        write_json(post.result, result)
 
 
 class RayGroup:
