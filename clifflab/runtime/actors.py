@@ -19,7 +19,7 @@ from clifflab.runtime.gang import Gang, run_gang
 from clifflab.runtime.local import start_ray
 from clifflab.runtime.work import Job, Result, Worker
 from clifflab.stages import STEPS, Identities
-from clifflab.stages.base import GangStep
+from clifflab.stages.base import GangStep, Layout
 from clifflab.tuning.group import Group
 from clifflab.tuning.loop import Listen
 
@@ -93,7 +93,10 @@ class ActorRuntime:
         assert job.unit is not None
         settings = self._study.repair.tune
         workers = None if settings.workers == "auto" else settings.workers
-        place = self._root / ".work" / (job.model or "_study") / job.step / f"{job.unit.key}-gang"
+        identities = self._ray.get(self._identities)
+        # Under the step's fingerprint: what a killed driver left is gone on with, and never taken for another recipe's.
+        parts = Layout(self._root).parts(job.step, job.model, identities.steps[job.step, job.model])
+        place = parts / f"{job.unit.key}-gang"
         gang = Gang(place, workers, self._study.runtime.threads, settings.max_failures)
         starts = 0
 
@@ -105,7 +108,7 @@ class ActorRuntime:
                     about = {"step": job.step, "model": job.model, "unit": job.name, "attempt": starts - 1}
                     self._lost.append({**about, "reason": f"training goes on from step {entry['done']}"})
 
-        body = _Together(self._study, str(self._root), self._ray.get(self._identities), job)
+        body = _Together(self._study, str(self._root), identities, job)
         began = time.monotonic()
         try:
             counts = run_gang(body, gang, self._study.runtime, listen)
