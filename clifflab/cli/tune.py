@@ -67,9 +67,8 @@ def command(
     from clifflab.runtime.tune import fit
 
     place = Path(out).expanduser().absolute()
-    source = data if data.startswith("hf:") else str(Path(data).expanduser())
     try:
-        figures = fit(spec, source, place, settings, seed, runtime=runtime, reporter=Terminal())
+        figures = fit(spec, str(Path(data).expanduser()), place, settings, seed, runtime=runtime, reporter=Terminal())
     except InputError as error:
         if error.field not in ("thinking_format", "models.path"):
             raise

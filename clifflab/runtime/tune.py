@@ -59,8 +59,8 @@ def fit(
     """
     reporter = reporter or Silent()
     check_source("--data", data)
-    spec = resolve_spec(spec)
-    out = out.absolute()
+    data, out = _absolute(data), out.absolute()  # workers have folders of their own
+    spec = resolve_spec(spec.model_copy(update={"path": _absolute(spec.path)}))
     order = _order(spec, data, out, settings, seed)
     if (figures := check_finished(out, order.fingerprint)) is not None:
         reporter.note("everything is whole already: nothing to compute")
@@ -69,6 +69,9 @@ def fit(
         fetch(spec, reporter.note)
         load_renderer(spec)  # what is wrong with its thinking format shows here, before any worker starts
         place = out / ".work" / order.fingerprint[:16]
+        for other in (out / ".work").glob("*"):
+            if other != place:
+                shutil.rmtree(other)
         progress = Progress(reporter, spec.name)
         body = _Body(spec, order)
         try:
@@ -101,6 +104,12 @@ def over_ray(
     workers = None if settings.workers == "auto" else settings.workers
     threads = threads or max(1, (os.cpu_count() or 1) // (workers or 1))
     return run_gang(body, Gang(place / "ray", workers, threads, settings.max_failures), runtime, listen)
+
+
+def _absolute(path: str) -> str:
+    """A path that is there, from the root; anything else (a hub id, ``organism:planted``) as it stands."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if place.exists() else path
 
 
 def _order(spec: ModelSpec, data: str, out: Path, settings: TuneConfig, seed: int) -> Order:

@@ -87,6 +87,9 @@ def read_rows(path: str, field: str = "--data") -> tuple[list[dict[str, Any]], l
     Raises:
         InputError: The file cannot be read, or has no usable row.
     """
+    if path.startswith("organism:"):
+        remedy = "write traces of the planted language to a file: clifflab organism corpus"
+        raise InputError(field, path, "names requests without answers", remedy)
     try:
         first = next((record for _, record, _ in iter_rows(field, path) if record is not None), {})
         columns = {"group": "cluster"} if first.get("cluster") is not None else {}
