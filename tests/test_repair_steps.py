@@ -30,7 +30,7 @@ def repair_study(**repair: Any) -> dict[str, Any]:
         prompts=prompts,
         truncation={"traces": 0},
         probe={"min_examples": 8, "refits": 2, "folds": 2, "shuffles": 2},
-        repair={"corpus": [CORPUS], "batch_size": 64, **repair},
+        repair={"corpus": [CORPUS], "batch_size": 64, "select": {"shared_groups": "keep"}, **repair},
     )
 
 
@@ -135,5 +135,19 @@ def test_what_is_evaluated_is_not_in_the_corpus(selected: Path) -> None:
 
 
 def test_a_changed_budget_keeps_the_corpus(selected: Path) -> None:
-    study = prepare(parse(repair_study(tuned=False, select={"budget": 12})))
+    study = prepare(parse(repair_study(tuned=False, select={"budget": 12, "shared_groups": "keep"})))
     assert [name for name, _ in plan(identify(study, selected))] == ["select", "report"]
+
+
+def test_evaluated_requests_in_other_wrappers_are_left_out(selected: Path) -> None:
+    groups = set(pq.read_table(selected / "prompts.parquet")["group"].to_pylist())
+    kept = pq.read_table(selected / "corpus.parquet").to_pylist()
+    assert any(row["group"] in groups for row in kept)  # this study keeps them
+    study = prepare(parse(repair_study(tuned=False, select={"shared_groups": "leave-out"})))
+    context = identify(study, selected)
+    unit = STEPS["corpus"].plan(context, None)[0]
+    STEPS["corpus"].compute(context, unit)
+    counts = STEPS["corpus"].merge(context, None)
+    left = pq.read_table(selected / "corpus.parquet").to_pylist()
+    assert counts["shared_group"] == sum(row["group"] in groups for row in kept)
+    assert [row["id"] for row in left] == [row["id"] for row in kept if row["group"] not in groups]

@@ -39,6 +39,8 @@ class SelectConfig(Section):
         max_tokens: Most tokens of a trace; no limit by default.
         decontaminate: Similarity of word shingles from which a corpus request is too near to one that is evaluated, and
             is left out; 1 leaves out equal texts alone.
+        shared_groups: What becomes of corpus requests whose base request (``group``) is evaluated too, in other words
+            or another wrapper: ``leave-out``, or ``keep`` them where it is the wrapper that is held out.
     """
 
     by: Selector = "misalignment"
@@ -52,6 +54,7 @@ class SelectConfig(Section):
     min_thinking: int = Field(default=0, ge=0)
     max_tokens: int | None = Field(default=None, ge=1)
     decontaminate: float = Field(default=0.8, ge=0.3, le=1.0)
+    shared_groups: Literal["leave-out", "keep"] = "leave-out"
 
     _check_budget = field_validator("budget")(check_budget)
 

@@ -7,7 +7,7 @@ from typing import Any
 from clifflab.report.blocks import Block, Drawing, Note, Section, Table
 from clifflab.report.cliff_after import cliff_blocks
 from clifflab.report.figures import before_after
-from clifflab.report.numbers import interval
+from clifflab.report.numbers import interval, percent
 from clifflab.report.repair_results import EvaluationFound
 from clifflab.report.results import ModelResults
 from clifflab.science.judges import OUTCOMES
@@ -190,7 +190,7 @@ def _limits(found: EvaluationFound, results: ModelResults, before: str) -> list[
         "was made.",
     ]
     if results.spec.repairs:
-        items += _training(results)
+        items += _training(results, found)
     items.append(
         f"The old probe was fitted to {before}: what it says of another model's states is a comparison, no proof. A "
         "probe of this model has few complied harmful traces to look at where attacks fail."
@@ -198,16 +198,35 @@ def _limits(found: EvaluationFound, results: ModelResults, before: str) -> list[
     return items
 
 
-def _training(results: ModelResults) -> list[str]:
+def _shared(found: EvaluationFound) -> list[str]:
+    """How many prompts ask for what a training example asks for, and attack success on the others."""
+    items = []
+    for kind in ("sets", "pools"):
+        for name, entry in found.about.get(kind, {}).items():
+            if entry.get("shared_prompts"):
+                fresh = entry["fresh"] and entry["fresh"]["rates"].get("asr", {}).get("after")
+                others = (
+                    f"; attack success on the others {percent(fresh)}" if fresh and fresh["mean"] is not None else ""
+                )
+                items.append(f"{entry['shared_prompts']} of {entry['prompts']} in {name}{others}")
+    if not items:
+        return ["No evaluated prompt shares its base request with a training example."]
+    return [
+        f"Prompts whose base request a training example shares, in other words or another wrapper: {'; '.join(items)}."
+    ]
+
+
+def _training(results: ModelResults, found: EvaluationFound) -> list[str]:
     """What the training examples have in common with what was measured."""
     repair, settings = results.repair_of_before, results.study.repair
     items = []
     if repair and repair.rows:
         items.append(
             f"Its harmful examples are of these kinds: {', '.join(repair.attacks)}. An evaluated set of the same kind "
-            "of attack is seen, though its requests are not: only other kinds show what carries over. Which those are, "
+            "of attack is seen, though its prompts are not: only other kinds show what carries over. Which those are, "
             "the study says by its sets and pools."
         )
+        items += _shared(found)
     if settings.targets.kind == "keep-thinking":
         items.append(
             "It learnt refusals behind its own thinking, so that a lower rate says that the end of the thinking was "

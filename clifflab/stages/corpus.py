@@ -16,7 +16,7 @@ from clifflab.errors import InputError
 from clifflab.repair.decontaminate import contaminated
 from clifflab.stages.base import Context, Layout, Step, Unit
 
-CONTAMINATED = "contaminated"
+CONTAMINATED, SHARED = "contaminated", "shared_group"
 
 
 class CorpusStep(Step):
@@ -34,7 +34,8 @@ class CorpusStep(Step):
     def settings(self, study: Study) -> Any:
         """The sets without their paths (sources enter by their content), and what is too near."""
         sets = [p.model_dump(mode="json", exclude={"path", "ood"}) for p in study.repair.corpus]
-        return {"sets": sets, "decontaminate": study.repair.select.decontaminate}
+        select = study.repair.select.model_dump(mode="json", include={"decontaminate", "shared_groups"})
+        return {"sets": sets, **select}
 
     def reads(self, study: Study, file_hash: Callable[[Path], str]) -> Any:
         """The sources, by content."""
@@ -75,23 +76,37 @@ class CorpusStep(Step):
             prompts += part["prompts"]
             rejects += part["rejects"]
         evaluated = read_parquet(context.layout.root / "prompts.parquet").to_pylist()
-        found = contaminated(prompts, evaluated, context.study.repair.select.decontaminate, context.study.seed)
-        rejects += [self._near(prompts[index], *near) for index, near in found.items()]
-        kept = [prompt for index, prompt in enumerate(prompts) if index not in found]
+        settings = context.study.repair.select
+        found = contaminated(prompts, evaluated, settings.decontaminate, context.study.seed)
+        why = {
+            index: (CONTAMINATED, f"{similarity:.2f} similar to {other_set}/{other}, which the study evaluates")
+            for index, (other_set, other, similarity) in found.items()
+        }
+        if settings.shared_groups == "leave-out":
+            groups = {prompt["group"] for prompt in evaluated}
+            for index, prompt in enumerate(prompts):
+                if index not in why and prompt["group"] in groups:
+                    why[index] = (SHARED, "asks for what a prompt of the study asks for, by its group")
+        rejects += [self._left_out(prompts[index], *why[index]) for index in sorted(why)]
+        kept = [prompt for index, prompt in enumerate(prompts) if index not in why]
+        if not kept:
+            reasons = f"all {len(prompts)} requests are evaluated too ({len(found)} by their words, the rest by group)"
+            remedy = "give other requests, or set repair.select.shared_groups to keep"
+            raise InputError("repair.corpus", f"{len(prompts)} requests", reasons, remedy)
         for row, prompt in enumerate(kept):
             prompt["row"] = row
         out, out_rejects = self.outputs(context.layout, None)
         write_parquet(out, pa.Table.from_pylist(kept, schema=tables.PROMPTS))
         write_parquet(out_rejects, pa.Table.from_pylist(rejects, schema=tables.REJECTS))
-        return {"prompts": len(kept), "rejects": len(rejects), CONTAMINATED: len(found)}
+        return {"prompts": len(kept), "rejects": len(rejects), CONTAMINATED: len(found), SHARED: len(why) - len(found)}
 
-    def _near(self, prompt: dict[str, Any], other_set: str, other: str, similarity: float) -> dict[str, Any]:
+    def _left_out(self, prompt: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
         return {
             "stage": self.name,
             "set": prompt["set"],
             "source": f"{prompt['set']}/{prompt['id']}",
             "source_row": None,
             "id": prompt["id"],
-            "reason": CONTAMINATED,
-            "detail": f"{similarity:.2f} similar to {other_set}/{other}, which the study evaluates",
+            "reason": reason,
+            "detail": detail,
         }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from clifflab.artifacts import read_json, read_parquet
+from clifflab.repair.output import TRAIN
 from clifflab.science.repair import accuracies, outcome_rates, paired_means, perplexity_change
 from clifflab.science.stats import GroupBootstrap
-from clifflab.stages.base import Context
+from clifflab.stages.base import REPAIR, Context
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.evaluation_cliffs import NOTHING, Cliffs
 from clifflab.stages.evaluation_plan import (
@@ -102,9 +104,19 @@ class _Comparison:
         both = {**after.traces, **before.traces}
         order = [*before.traces, *(name for name in after.traces if name not in before.traces)]
         self.traces = [both[name] for name in order]
+        self.trained = self._trained()
         summaries = before.summary, after.summary
         no_old = no_old_probe(context, model)
         self.cliffs = Cliffs(context, self.traces, before.traces, after.traces, summaries, read[TRACES], no_old)
+
+    def _trained(self) -> set[str]:
+        """Clusters of the training examples, where this study made the tuned model."""
+        made = self.study.model(self.model).repairs
+        if made is None:
+            return set()
+        with (self.context.layout.folder(made, REPAIR) / TRAIN).open(encoding="utf-8") as lines:
+            groups = {json.loads(line)["group"] for line in lines}
+        return {self.clusters[group] for group in groups if group in self.clusters}
 
     def found(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows and figures."""
@@ -145,9 +157,9 @@ class _Comparison:
         pools = {}
         for pool, members in self.study.repair.evaluate.pools.items():
             if mine := [name for name in members if name in sets]:
-                pools[pool] = {"sets": mine, **self._rates(mine)}
+                pools[pool] = {"sets": mine, **self._rates(mine), **self._fresh(mine)}
         return {
-            "sets": {name: self._rates([name]) for name in sets},
+            "sets": {name: {**self._rates([name]), **self._fresh([name])} for name in sets},
             "left_out": {name: _GIVEN for name in names if name in given},
             "pools": pools,
             "thinking_tokens": {name: self._thinking(name) for name in sets},
@@ -186,8 +198,17 @@ class _Comparison:
     def _bootstrap(self, clusters: Sequence[str]) -> GroupBootstrap:
         return GroupBootstrap(clusters, self.study.cliff.bootstrap, self.study.seed)
 
-    def _rates(self, sets: Sequence[str]) -> dict[str, Any]:
-        mine = [trace for trace in self.traces if trace["set"] in sets]
+    def _fresh(self, sets: Sequence[str]) -> dict[str, Any]:
+        """The same rates over prompts whose base request no training example shares, where some prompts' is shared."""
+        mine = {trace["group"] for trace in self.traces if trace["set"] in sets}
+        shared = {group for group in mine if self.clusters[group] in self.trained}
+        if not shared:
+            return {"shared_prompts": 0, "fresh": None}
+        prompts = {(t["set"], t["id"]) for t in self.traces if t["set"] in sets and t["group"] in shared}
+        return {"shared_prompts": len(prompts), "fresh": self._rates(sets, shared) if mine - shared else None}
+
+    def _rates(self, sets: Sequence[str], without: Collection[str] = ()) -> dict[str, Any]:
+        mine = [trace for trace in self.traces if trace["set"] in sets and trace["group"] not in without]
         nothing: dict[str, Any] = {"outcome": None, "harm": None}
         found = {side: [self._side(side).get(t["trace_id"], nothing) for t in mine] for side in (BEFORE, AFTER)}
         judged = {side: [(trace["outcome"], trace["harm"]) for trace in traces] for side, traces in found.items()}
