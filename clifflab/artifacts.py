@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,8 +24,8 @@ from clifflab.errors import InputError, OutputError
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
 _RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text", "tuning")
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
-_OTHER_PACKAGES = ("datasketch", "pyarrow", "ray", "peft", "safetensors", "datasets")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "peft")
+_OTHER_PACKAGES = ("datasketch", "pyarrow", "ray", "safetensors", "datasets")
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -190,6 +191,14 @@ def locked(root: Path) -> Iterator[None]:
         yield
     finally:
         handle.close()
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -174,5 +174,5 @@ def _identity(spec: ModelSpec) -> dict[str, Any]:
 
     identity = model_identity(spec, file_hash)
     local = Path(spec.path).expanduser()
-    keys = ("hub", "revision", "sha256", "gguf")
+    keys = ("hub", "revision", "sha256", "gguf", "adapter")
     return {"name": local.name if local.exists() else spec.path, **{k: identity[k] for k in keys if k in identity}}

@@ -123,6 +123,13 @@ class TuneConfig(Section):
     workers: Literal["auto"] | int = "auto"
     max_failures: int = Field(default=3, ge=0)
 
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("give at least 1, or auto")
+        return value
+
     @property
     def peak(self) -> float:
         """Highest learning rate."""

@@ -165,7 +165,7 @@ def _check(
     Columns of zeros add exactly what values of zero add, so in float32 a removal must agree bit for bit; elsewhere the
     factor is rounded at another place, and the logits agree to the rounding of the dtype.
     """
-    written = load(spec.model_copy(update={"path": str(folder.absolute()), "revision": None}))
+    written = load(spec.model_copy(update={"path": str(folder.absolute()), "revision": None, "adapter": None}))
     logits = _logits(written, heads_of(written), (), intervention)
     exact = spec.dtype == "float32" and intervention.gamma == 0
     bound = 0.0 if exact else {"bfloat16": 4e-2, "float16": 1e-2}.get(spec.dtype, 1e-4) * float(hooked.abs().max())

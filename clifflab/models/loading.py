@@ -146,6 +146,17 @@ def _folder_hash(folder: Path, file_hash: Callable[[Path], str]) -> str:
     return digest.hexdigest()
 
 
+def absolute(spec: ModelSpec) -> ModelSpec:
+    """The spec with full paths where it names local files: workers may have another current folder."""
+
+    def full(path: str) -> str:
+        place = Path(path).expanduser()
+        return str(place.absolute()) if place.exists() else path
+
+    adapter = full(spec.adapter) if spec.adapter and not spec.repairs else spec.adapter
+    return spec.model_copy(update={"path": full(spec.path), "adapter": adapter})
+
+
 def load(spec: ModelSpec) -> LoadedModel:
     """Load a model and its tokenizer and check them.
 

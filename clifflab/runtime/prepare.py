@@ -8,7 +8,7 @@ from clifflab.data.files import check_source
 from clifflab.data.labels import read_labels
 from clifflab.engines.guard import resolve_guard
 from clifflab.errors import ConfigError, InputError
-from clifflab.models.loading import load_renderer, resolve_spec
+from clifflab.models.loading import absolute, load_renderer, resolve_spec
 
 
 def prepare(study: Study) -> Study:
@@ -25,6 +25,7 @@ def prepare(study: Study) -> Study:
     if study.judge.labels:
         read_labels(study.judge.labels, field="judge.labels")
     guard = resolve_guard(study.judge.guard) if study.judge.guard else None
+    study = study.model_copy(update={"models": tuple(absolute(model) for model in study.models)})
     return study.model_copy(
         update={
             "models": with_repaired(study, tuple(resolve_spec(model) for model in study.models)),

@@ -17,6 +17,7 @@ from clifflab.artifacts import (
     locked,
     package_versions,
     read_json,
+    remove,
     write_json,
     write_text,
 )
@@ -203,8 +204,8 @@ def _finish_step(context: Context, name: str, model: str | None, counts: dict[st
 def _sweep(context: Context, todo: list[Pair]) -> None:
     """Remove what a killed run left: temporary files, and unit files of steps that will not run."""
     root = context.layout.root
-    for path in root.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for path in list(root.rglob(".*.tmp")):
+        remove(path)
     wanted = {context.layout.parts(name, model, context.identity(name, model)) for name, model in todo}
     for folder in root.glob(".work/*/*/*"):
         if folder not in wanted:

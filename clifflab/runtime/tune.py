@@ -11,7 +11,7 @@ from typing import Any
 from clifflab.artifacts import code_version, file_hash, fingerprint, locked, package_versions
 from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
 from clifflab.data.files import check_source, source_hash
-from clifflab.models.loading import fetch, load, load_renderer, model_identity, resolve_spec
+from clifflab.models.loading import absolute, fetch, load, load_renderer, model_identity, resolve_spec
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.tuning.group import Alone, Group
 from clifflab.tuning.loop import Listen
@@ -60,7 +60,7 @@ def fit(
     reporter = reporter or Silent()
     check_source("--data", data)
     data, out = _absolute(data), out.absolute()  # workers have folders of their own
-    spec = resolve_spec(spec.model_copy(update={"path": _absolute(spec.path)}))
+    spec = resolve_spec(absolute(spec))
     order = _order(spec, data, out, settings, seed)
     if (figures := check_finished(out, order.fingerprint)) is not None:
         reporter.note("everything is whole already: nothing to compute")

@@ -186,7 +186,8 @@ def load_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
 
 def _check_base(model: Any, folder: Path, about: Any, spec: ModelSpec) -> None:
     """Compare the model with what an adapter of ours says of its base."""
-    sample = about.get("base", {}).get("sample") if isinstance(about, dict) else None
+    base = about.get("base") if isinstance(about, dict) else None
+    sample = base.get("sample") if isinstance(base, dict) else None
     if not sample:
         return
     own = weight_sample(model)
@@ -198,7 +199,8 @@ def _check_base(model: Any, folder: Path, about: Any, spec: ModelSpec) -> None:
 
 
 def _close(own: list[float], other: list[float], slack: float) -> bool:
-    return len(own) == len(other) and all(abs(a - b) <= slack * abs(b) for a, b in zip(own, other, strict=True))
+    least = 2.0**-24 if slack else 0.0  # the smallest step of float16
+    return len(own) == len(other) and all(abs(a - b) <= slack * abs(b) + least for a, b in zip(own, other, strict=True))
 
 
 def _unfit(folder: Path, problem: str) -> InputError:

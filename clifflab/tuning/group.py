@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from clifflab.artifacts import output_error
-from clifflab.errors import ClifflabError, InputError
+from clifflab.artifacts import output_error, remove
+from clifflab.errors import ClifflabError
 
 WriteFolder = Callable[[Path], None]
 
@@ -101,29 +102,52 @@ def write_folder(place: Path, write: WriteFolder) -> None:
         OutputError: The disk is full or cannot be written.
     """
     scratch = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
+    with writing(place):
+        remove(scratch)  # of a process that had this number and was killed
         scratch.mkdir(parents=True)
-        write(scratch)
-        if place.exists():
-            shutil.rmtree(place)
-        os.replace(scratch, place)
+        try:
+            write(scratch)
+            for file in scratch.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            remove(place)
+            os.replace(scratch, place)
+        finally:
+            remove(scratch)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Errors of writing weights, as one line with a remedy: safetensors has a kind of its own for a full disk."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except OSError as error:
         raise output_error(place, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise output_error(place, OSError(int(code[1]), os.strerror(int(code[1])))) from error
+
+
+class FirstWorkerError(ClifflabError):
+    """Raised in the other workers when the first one could not go on; what it met is the error to show."""
 
 
 def together(group: Group, work: Callable[[], None], device: torch.device) -> None:
     """Let the first worker do something alone; if it fails, all fail, so that none waits for the others for ever.
 
     Raises:
-        ClifflabError: What the first worker met; the others name the first.
+        FirstWorkerError: In the others; the first raises what it met.
     """
-    failure: ClifflabError | None = None
+    failure: Exception | None = None
     if group.rank == 0:
         try:
             work()
-        except ClifflabError as error:
+        except Exception as error:  # noqa: BLE001 - raised again once the others know
             failure = error
     if float(group.total(torch.tensor(float(failure is not None), device=device))):
-        raise failure or InputError("worker", group.rank, "the first worker could not go on", "see its message")
+        raise failure or FirstWorkerError("the first worker could not go on: see its message")

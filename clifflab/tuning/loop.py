@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from clifflab.config import TuneConfig
-from clifflab.errors import ClifflabError, shorten
+from clifflab.errors import ClifflabError, InputError, shorten
 from clifflab.tuning.batches import check_workers, epoch_steps, micro_batches, share_out, steps_per_epoch
 from clifflab.tuning.examples import Example
 from clifflab.tuning.forward import check_packing, example_losses, make_batch
@@ -264,9 +264,13 @@ def _training_mode(model: Any, settings: TuneConfig, device: torch.device) -> It
     Only the blocks are told that they train, which is what checkpointing asks for; their parts, and with them dropout,
     stay as in evaluation.
     """
+    can = getattr(model, "supports_gradient_checkpointing", False)
+    if settings.checkpointing == "on" and not can:
+        problem = "the architecture cannot compute activations again"
+        raise InputError("tune.checkpointing", "on", problem, "set it to off, and lower tune.micro_tokens")
     was = [(module, module.training, set(vars(module))) for module in model.modules()]
     model.eval()
-    wanted = settings.checkpointing == "on" or (settings.checkpointing == "auto" and device.type == "cuda")
+    wanted = settings.checkpointing == "on" or (settings.checkpointing == "auto" and device.type == "cuda" and can)
     try:
         if wanted:
             model.gradient_checkpointing_enable({"use_reentrant": False})

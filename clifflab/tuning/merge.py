@@ -84,6 +84,12 @@ def _check(spec: ModelSpec, folder: Path, adapted: torch.Tensor, plain: torch.Te
     logits = _logits(load_bare(spec.model_copy(update={"path": str(folder.absolute()), "revision": None})))
     bound = _ROUNDING.get(spec.dtype, 1e-4) * float(adapted.abs().max())
     difference = float((logits - adapted).abs().max())
+    change = float((plain - adapted).abs().max())
+    if difference > change / 2 and change > 0:
+        raise InterventionError(
+            f"the adapter does not survive the rounding of {spec.dtype}: it moves the logits by {change:.3g}, and the "
+            f"written checkpoint is {difference:.3g} away; nothing was kept (merge it into a float32 checkpoint)"
+        )
     if not difference <= bound:
         raise InterventionError(
             f"the written checkpoint differs from the adapted model (logits by {difference:.3g}, {bound:.3g} allowed): "
@@ -92,6 +98,6 @@ def _check(spec: ModelSpec, folder: Path, adapted: torch.Tensor, plain: torch.Te
     return {
         "largest_difference_of_logits": difference,
         "allowed": bound,
-        "largest_change_of_logits": float((plain - adapted).abs().max()),
+        "largest_change_of_logits": change,
         "tokens": logits.shape[1],
     }

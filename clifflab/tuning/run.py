@@ -23,7 +23,13 @@ from clifflab.tuning.loop import Listen, NonFiniteLossError, train
 from clifflab.tuning.state import Progress
 
 FIGURES, BROKEN = "tuning.json", "not_finite.json"
-_HOW = ("workers", "max_failures")  # how the work is carried out, no part of the recipe
+_HOW = (
+    "workers",
+    "max_failures",
+    "micro_tokens",
+    "checkpointing",
+    "save_every",
+)  # how the work is carried out, no part of the recipe
 _IDENTITY = ("hub", "revision", "sha256", "gguf")
 
 
@@ -96,6 +102,7 @@ def _write(loaded: LoadedModel, peft: Any, order: Order, about: dict[str, Any], 
     else:
         write_folder(place, lambda folder: save_model(loaded, folder, about))
     figures["files"] = sorted(str(file.relative_to(order.out)) for file in place.iterdir())
+    figures["sizes"] = {file: (order.out / file).stat().st_size for file in figures["files"]}
     (order.out / BROKEN).unlink(missing_ok=True)
     write_json(order.out / FIGURES, figures)
 
@@ -172,6 +179,7 @@ def _figures(loaded: LoadedModel, order: Order, prepared: Prepared, progress: Pr
             "all": sum(p.numel() for p in parameters),
         },
         "files": [],
+        "sizes": {},
     }
 
 
@@ -211,12 +219,15 @@ def check_finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
     figures = read_json(out / FIGURES)
     if figures is None:
         ours = {".work", ".lock", BROKEN, "adapter", "model"}
-        others = [path.name for path in out.iterdir() if path.name not in ours] if out.is_dir() else []
+        found = list(out.iterdir()) if out.is_dir() else []
+        others = [path.name for path in found if path.name not in ours and not path.match(".*.tmp")]
         if others:
             raise OutputError("--out", out, f"holds something else ({others[0]})", "choose a new or empty folder")
         return None
     if figures.get("fingerprint") != fingerprint:
         problem = "holds a tuning of another model, with other data or settings, or by another version"
         raise OutputError("--out", out, problem, "choose a new or empty folder")
-    found: dict[str, Any] = figures
-    return found if all((out / file).is_file() for file in figures["files"]) else None
+    whole: dict[str, Any] = figures
+    sizes = figures["sizes"]
+    kept = all((out / f).is_file() and (out / f).stat().st_size == sizes[f] for f in figures["files"])
+    return whole if kept else None
