@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
-from clifflab.errors import ClifflabError, InputError
+from clifflab.errors import ClifflabError, InputError, WorkerError
 from clifflab.models.loading import load
 from clifflab.runtime.progress import Silent
 from clifflab.runtime.tune import fit
@@ -102,7 +102,7 @@ def test_two_workers_one_of_them_killed(cluster: None, data: str, one: dict[str,
     assert not list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.pt"))
 
 
-def test_errors_of_the_user_are_not_tried_again(cluster: None, data: str, tmp_path: Path) -> None:
+def test_errors_of_the_user_are_not_tried_again_nor_deaths_for_ever(cluster: None, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = TuneConfig.model_validate({**RECIPE, "learning_rate": 1e30, "clip": 1e30})
     with pytest.raises(ClifflabError, match=r"tune: step \d+: the (loss|gradient) is no finite number") as error:
@@ -111,6 +111,11 @@ def test_errors_of_the_user_are_not_tried_again(cluster: None, data: str, tmp_pa
     assert sum(entry["kind"] == "start" for entry in told(out)) == 1
     report = json.loads((out / "not_finite.json").read_text())
     assert len(report["examples"]) in range(1, 5)
+    killer = Killer(tmp_path / "dead")
+    with pytest.raises(WorkerError, match=r"its workers died more often than tune\.max_failures = 0 allows") as dead:
+        fit(PLANTED, data, tmp_path / "dead", TuneConfig.model_validate({**RECIPE, "max_failures": 0}), reporter=killer)
+    assert killer.killed
+    assert dead.value.exit_code == 1
     with pytest.raises(InputError, match=r"tune\.workers: 99: Ray has 2 CPU cores, and each worker takes one"):
         fit(PLANTED, data, tmp_path / "many", TuneConfig.model_validate({**RECIPE, "workers": 99}))
 
@@ -136,7 +141,8 @@ def test_smollm2_learns_to_think_on_star1(cluster: None, tmp_path: Path) -> None
     assert killer.killed
     assert figures["steps"] == -(-figures["examples"]["train"] // 8)
     assert figures["examples"]["train"] + figures["examples"]["validation"] == 200
-    assert figures["curve"][-1]["loss"] < figures["curve"][0]["loss"] - 0.2
+    course = [entry["loss"] for entry in figures["curve"]]
+    assert sum(course[-5:]) / 5 < sum(course[:5]) / 5 - 0.2
     plain, own = load(spec), load(spec)
     ids = torch.tensor([plain.renderer.render([{"role": "user", "content": "Hello."}], "Fine.", "Hello to you.")[0]])
     load_adapter(own.model, tmp_path / "out" / "adapter", spec)

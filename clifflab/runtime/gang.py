@@ -148,21 +148,25 @@ def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, post: _Post, liste
     if error := read_json(post.error):
         raise _told(error)
     if failed:
-        if isinstance(failed[0], TrainingFailedError) and not _is_bug(failed[0]):
-            why = shorten(str(failed[0]).strip().splitlines()[-1])
+        if isinstance(failed[0], TrainingFailedError) and (dead := _deaths(failed[0])):
             raise WorkerError(
-                f"tune: its workers died {gang.max_failures + 1} times ({why}); look for a lack of memory, or lower "
-                "tune.micro_tokens, and run again: it continues"
+                f"tune: its workers died more often than tune.max_failures = {gang.max_failures} allows "
+                f"({shorten(dead[0])}); look for a lack of memory, or lower tune.micro_tokens, and run again: "
+                "it continues"
             ) from failed[0]
         raise failed[0]
 
 
-def _is_bug(error: Any) -> bool:
-    """Whether some worker's own code failed, and not because another one had died."""
+def _deaths(error: Any) -> list[str]:
+    """Why workers died, where some did; the others then fail too, in the middle of an exchange. A bug kills none."""
     from ray.exceptions import RayActorError
 
-    failures = list(getattr(error, "worker_failures", {}).values())
-    return bool(failures) and not any(isinstance(failure, RayActorError) for failure in failures)
+    found = []
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "health_check_failure", failure)
+        if isinstance(cause, RayActorError):
+            found.append((str(cause).strip() or type(cause).__name__).splitlines()[-1])
+    return found
 
 
 def _work(config: dict[str, Any]) -> None:
