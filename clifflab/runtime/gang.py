@@ -20,7 +20,7 @@ from clifflab.artifacts import read_json, write_json
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, InputError, WorkerError, shorten
 from clifflab.runtime.local import start_ray
-from clifflab.tuning.group import Group, WriteFolder
+from clifflab.tuning.group import FirstWorkerError, Group, WriteFolder, writing
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 
 Body = Callable[[Group, Listen], dict[str, Any]]
@@ -159,12 +159,12 @@ def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, post: _Post, liste
 
 def _deaths(error: Any) -> list[str]:
     """Why workers died, where some did; the others then fail too, in the middle of an exchange. A bug kills none."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     found = []
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "health_check_failure", failure)
-        if isinstance(cause, RayActorError):
+        if isinstance(cause, RayActorError | OutOfMemoryError | NodeDiedError | WorkerCrashedError):
             found.append((str(cause).strip() or type(cause).__name__).splitlines()[-1])
     return found
 
@@ -185,6 +185,8 @@ def _work(config: dict[str, Any]) -> None:
 
     try:
         result = config["body"](group, listen)
+    except FirstWorkerError:
+        raise  # the first worker says what it met
     except ClifflabError as error:
         write_json(post.error, {"text": str(error), "exit_code": error.exit_code})
         if group.size > 1 and not isinstance(error, NonFiniteLossError):
@@ -231,7 +233,7 @@ class RayGroup:
         """Report a checkpoint to Ray Train, which copies it to the folder and deletes the one before."""
         import ray.train
 
-        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=self._folder) as scratch:
+        with writing(self._folder), tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=self._folder) as scratch:
             checkpoint = None
             if self.rank == 0:
                 write(Path(scratch))
