@@ -14,7 +14,8 @@ import click
 from clifflab.errors import InputError
 
 if TYPE_CHECKING:
-    from clifflab.repair.files import Reader, Sources
+    from clifflab.repair.files import Sources
+    from clifflab.repair.reading import Reader
 
 _SELECTORS = click.Choice(["misalignment", "cliff", "final", "plateau", "random", "rules", "guard"])
 _BESIDE = ("final", "plateau", "random", "rules")
@@ -102,7 +103,7 @@ def command(
 @contextmanager
 def _reader(runtime: str) -> Iterator[Reader]:
     if runtime == "inline":
-        from clifflab.repair.files import read_here
+        from clifflab.repair.reading import read_here
 
         yield read_here
         return
@@ -168,7 +169,7 @@ def _evaluated(file: str) -> list[dict[str, Any]]:
     from clifflab.config import PromptSet
     from clifflab.data.files import check_source
     from clifflab.data.prompts import read_prompts
-    from clifflab.repair.files import schema_of
+    from clifflab.repair.reading import schema_of
 
     check_source("--against", file)
     columns = ["set", "id", "messages"]
