@@ -598,7 +598,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     half = scores.with_name("half.parquet")
     half.write_bytes(scores.read_bytes()[:500])
     cases: list[tuple[list[str], str, list[str]]] = [
-        (["--budget", "301"], "", ["budget: 301", "has 300 traces"]),
+        (["--budget", "301"], "", ["--budget: 301", "has 300 traces"]),
         (["--budget", "290"], "", ["only", "are eligible", "benign"]),
         (["--budget", "0"], "", ["--budget: 0", "neither a count nor a share"]),
         (["--budget", "150%"], "", ["neither a count nor a share"]),
@@ -611,10 +611,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
             ["holds no scores"],
         ),
         ([], saved("two", lambda row: {**row, "model": f"m{row['row'] % 2}"}), ["m0, m1", "of 2 models"]),
-        (["--stratify", "colour"], "", ["stratify: colour", "choose from", "set, label, group"]),
-        (["--by", "guard"], "", ["no guard verdicts"]),
+        (["--stratify", "colour"], "", ["--stratify: colour", "choose from", "set, label, group"]),
+        (["--by", "guard"], "", ["--by: guard", "no guard verdicts"]),
         (["--probe", "last"], "", ["--probe: last"]),
-        ([], saved("final", lambda row: {**row, "train_positions": "final"}), ["probe: all", "choose from final"]),
+        ([], saved("final", lambda row: {**row, "train_positions": "final"}), ["--probe: all", "choose from final"]),
         ([], saved("unreported", lambda row: {**row, "reported": False}), ["reported logistic probe"]),
         ([], str(half), ["half.parquet", "not a whole Parquet file"]),
         ([], "nowhere-*.parquet", ["--scores", "no such file"]),
@@ -639,6 +639,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     done = run("--scores", str(scores), "--traces", str(tmp_path / "few.parquet"), "--out", out)
     assert "more are scored than there are" in str(done.exception)
     traces = pq.read_table(scores.with_name("traces.parquet"))
+    foreign = traces.set_column(1, "model", pa.array(["other"] * len(traces)))
+    pq.write_table(foreign, tmp_path / "foreign.parquet")
+    done = run("--scores", str(scores), "--traces", str(tmp_path / "foreign.parquet"), "--out", out)
+    assert "--traces: other: not of the scores' model planted" in str(done.exception)
     pq.write_table(pa.concat_tables([traces, traces]), tmp_path / "doubled.parquet")
     (scores.parent / "cliffs2.parquet").write_bytes(scores.read_bytes())
     both = str(scores.parent / "cliffs*.parquet")
@@ -679,7 +683,7 @@ def test_the_step_chooses_as_the_command_does(tmp_path: Path) -> None:
 
 def test_the_step_says_why_there_is_nothing_to_choose(tmp_path: Path) -> None:
     study_folder(tmp_path)
-    with pytest.raises(InputError, match="larger than the corpus"):
+    with pytest.raises(InputError, match=r"^repair\.select\.budget: 301: larger than the corpus"):
         step_of(tmp_path, select={"budget": 301})
     for options, words in (
         ({"select": {"min_thinking": 99}}, "no trace is eligible"),

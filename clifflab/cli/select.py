@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from clifflab.repair.reading import Reader
 
 _SELECTORS = click.Choice(["misalignment", "cliff", "final", "plateau", "random", "rules", "guard"])
+# Options by what a choice calls them.
+_OPTIONS = {name: f"--{name}" for name in ("scores", "traces", "probe", "budget", "benign", "stratify", "against")}
+_OPTIONS |= {"selector": "--by", "targets": "--targets"}
 _BESIDE = ("final", "plateau", "random", "rules")
 
 
@@ -92,8 +95,12 @@ def command(
     )
     wanted = TargetsConfig(kind=targets, refusals=refusals)  # type: ignore[arg-type]
     sources = _sources(scores, traces, prompts, guard, against, "guard" in (by, *chosen.beside))
-    with _reader(runtime) as read:
-        selection = select_files(sources, chosen, wanted, seed, read)
+    try:
+        with _reader(runtime) as read:
+            selection = select_files(sources, chosen, wanted, seed, read)
+    except InputError as error:
+        field = _OPTIONS.get(error.field, error.field)
+        raise InputError(field, error.value, error.problem, error.remedy) from None
     write_selection(Path(out), selection)
     _print(selection.summary)
     for name in (SELECTION, TRAIN, SUMMARY):

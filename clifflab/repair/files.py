@@ -99,7 +99,10 @@ def select_files(
     asked = _prompts(sources, part.table, read)
     corpus = Corpus.checked(_with_category(part.table, asked), total)
     choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
-    library = Library.of(_texts(sources, corpus, choices[settings.by], plan, read), asked)
+    texts = _texts(sources, corpus, choices[settings.by], plan, read)
+    if others := set(texts["model"].to_pylist()) - set(stats.models):
+        raise InputError("traces", min(others), f"not of the scores' model {min(stats.models)}", "give its own traces")
+    library = Library.of(texts, asked)
     made = make_targets(choices[settings.by], library, targets, plan.rules, seed)
     return finish(corpus, stats, plan, choices, made)
 
