@@ -17,8 +17,9 @@ import torch
 from clifflab import tables
 from clifflab.bench.records import UnequalResultsError, timed
 from clifflab.config import SelectConfig
-from clifflab.repair.corpus import NEEDED, PROBE, Corpus, probe_rows
-from clifflab.repair.files import read_here
+from clifflab.repair.columns import NEEDED, PROBE, probe_rows
+from clifflab.repair.corpus import Corpus
+from clifflab.repair.reading import read_here
 from clifflab.repair.select import choose
 from clifflab.repair.stream import Plan, fold, reduce_scores
 from clifflab.science.cliff import MEASURES

@@ -14,9 +14,13 @@ import click
 from clifflab.errors import InputError
 
 if TYPE_CHECKING:
-    from clifflab.repair.files import Reader, Sources
+    from clifflab.repair.files import Sources
+    from clifflab.repair.reading import Reader
 
 _SELECTORS = click.Choice(["misalignment", "cliff", "final", "plateau", "random", "rules", "guard"])
+# Options by what a choice calls them.
+_OPTIONS = {name: f"--{name}" for name in ("scores", "traces", "probe", "budget", "benign", "stratify", "against")}
+_OPTIONS |= {"selector": "--by", "targets": "--targets"}
 _BESIDE = ("final", "plateau", "random", "rules")
 
 
@@ -91,8 +95,12 @@ def command(
     )
     wanted = TargetsConfig(kind=targets, refusals=refusals)  # type: ignore[arg-type]
     sources = _sources(scores, traces, prompts, guard, against, "guard" in (by, *chosen.beside))
-    with _reader(runtime) as read:
-        selection = select_files(sources, chosen, wanted, seed, read)
+    try:
+        with _reader(runtime) as read:
+            selection = select_files(sources, chosen, wanted, seed, read)
+    except InputError as error:
+        field = _OPTIONS.get(error.field, error.field)
+        raise InputError(field, error.value, error.problem, error.remedy) from None
     write_selection(Path(out), selection)
     _print(selection.summary)
     for name in (SELECTION, TRAIN, SUMMARY):
@@ -102,7 +110,7 @@ def command(
 @contextmanager
 def _reader(runtime: str) -> Iterator[Reader]:
     if runtime == "inline":
-        from clifflab.repair.files import read_here
+        from clifflab.repair.reading import read_here
 
         yield read_here
         return
@@ -168,7 +176,7 @@ def _evaluated(file: str) -> list[dict[str, Any]]:
     from clifflab.config import PromptSet
     from clifflab.data.files import check_source
     from clifflab.data.prompts import read_prompts
-    from clifflab.repair.files import schema_of
+    from clifflab.repair.reading import schema_of
 
     check_source("--against", file)
     columns = ["set", "id", "messages"]

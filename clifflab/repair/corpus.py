@@ -5,7 +5,7 @@ Shape suffixes: N traces.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,36 +16,23 @@ import pyarrow.compute as pc
 
 from clifflab.config import SelectConfig
 from clifflab.errors import InputError
-from clifflab.science.cliff import MEASURES
+from clifflab.repair.columns import CODE, SCORES, check_models, check_stratify, in_full, probe_rows
 from clifflab.science.selection import (
     JUDGES,
     RANKINGS,
+    Codes,
     Ints,
     Keys,
     Rules,
     Texts,
     draw_keys,
     eligibility,
+    id_codes,
     measures_of,
     score_keys,
 )
 from clifflab.science.stats import Floats
 
-SCORES = (*MEASURES, *(f"{name}_logit" for name in MEASURES))
-# Of one row a trace; a score table may hold further text columns, which can stratify.
-COLUMNS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("model", "trace_id", "id", "set", "label", "group", "outcome")),
-        *((name, pa.string()) for name in ("cluster", "category", "verdict")),
-        *((name, pa.int32()) for name in ("thinking_tokens", "closing_tokens", "tokens")),
-        *((name, pa.float32()) for name in SCORES),
-    ]
-)
-_MAY_LACK = {"cluster", "category", "verdict", "tokens", "closing_tokens"}
-NEEDED = tuple(name for name in COLUMNS.names if name not in _MAY_LACK)
-PROBE = ("train_positions", "estimator", "reported")
-# Text columns of a score table that cannot stratify: they name single traces, or are the same in every row.
-_NAMES = {"model", "trace_id", "id", "verdict", *PROBE}
 REFUSED, COMPLIED = "refused", "complied"
 
 
@@ -54,7 +41,7 @@ class Corpus:
     """Traces with scores, labels and verdicts.
 
     Attributes:
-        table: Columns :data:`COLUMNS` and further text columns, a row a trace.
+        table: Columns ``COLUMNS`` and further text columns, a row a trace.
         total: Traces of the whole corpus, of which the table may hold only those that can be chosen.
     """
 
@@ -101,7 +88,7 @@ class Corpus:
         if prompts is not None:
             names, asked = (pc.binary_join_element_wise(t["set"], t["id"], "/") for t in (prompts, traces))
             columns["category"] = prompts["category"].combine_chunks().take(_places(names, asked))
-        table = _whole(pa.table({name: _flat(column) for name, column in columns.items()}))
+        table = in_full(pa.table({name: _flat(column) for name, column in columns.items()}))
         return cls.checked(table, table.num_rows)
 
     @classmethod
@@ -121,8 +108,16 @@ class Corpus:
         return cls(table, total)
 
     def strings(self, name: str) -> Texts:
-        """A text column, ``[N]``; null is the empty text."""
-        found: Texts = self._keep(name, lambda: pc.fill_null(self.table[name], "").to_numpy(zero_copy_only=False))
+        """A text column, ``[N]``; null is the empty text. Rows of equal text share it, which saves memory."""
+
+        def read() -> Texts:
+            coded = pc.fill_null(_flat(self.table[name]), "").dictionary_encode()
+            if isinstance(coded, pa.ChunkedArray):
+                coded = coded.combine_chunks()
+            texts: Texts = np.asarray(coded.dictionary.to_pylist(), dtype=object)
+            return texts[coded.indices.to_numpy(zero_copy_only=False)] if len(coded) else np.zeros(0, dtype=object)
+
+        found: Texts = self._keep(name, read)
         return found
 
     def floats(self, name: str) -> Floats:
@@ -134,6 +129,25 @@ class Corpus:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    @property
+    def codes(self) -> Codes:
+        """Hash of each trace's id, ``[N]``."""
+
+        def read() -> Codes:
+            if CODE in self.table.schema.names:
+                return np.asarray(self.table[CODE].to_numpy(), np.uint64)
+            return id_codes(self.table["trace_id"].to_pylist())
+
+        found: Codes = self._keep(CODE, read)
+        return found
+
+    def take(self, rows: Ints) -> pa.Table:
+        """Some rows, with the hash of their ids, so that it is computed once."""
+        table = self.table
+        if CODE not in table.schema.names:
+            table = table.append_column(CODE, pa.array(self.codes))
+        return table.take(pa.array(rows, pa.int64()))
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
@@ -195,7 +209,7 @@ class Corpus:
             measure, sign = RANKINGS[selector]
             return score_keys(self.floats(measure)[rows], self.floats(f"{measure}_logit")[rows], ids, sign)
         named = self.named_by(selector)[rows] if selector in JUDGES else None
-        return draw_keys(ids, seed, f"select {selector}", named)
+        return draw_keys(ids, self.codes[rows], seed, f"select {selector}", named)
 
     def strata(self, column: str | None, rows: Ints) -> Texts | None:
         """Values of the column that shares the budget, of some rows.
@@ -220,66 +234,6 @@ def rules_of(settings: SelectConfig, selectors: Collection[str] = ()) -> Rules:
         max_tokens=settings.max_tokens,
         measures=measures_of({settings.by, *settings.beside, *selectors}),
     )
-
-
-def probe_rows(cliffs: pa.Table, probe: str) -> pa.Table:
-    """Rows of the reported logistic probe of one kind."""
-    mine = pc.and_(pc.equal(cliffs["train_positions"], probe), pc.equal(cliffs["estimator"], "logistic"))
-    return cliffs.filter(pc.and_(mine, cliffs["reported"]))
-
-
-def candidates_of(scores: pa.Table, probe: str) -> pa.Table:
-    """Rows of a batch of a score table as rows of a corpus, for one probe."""
-    return _whole(probe_rows(scores, probe).drop_columns(list(PROBE)))
-
-
-def check_columns(schema: pa.Schema, source: str) -> None:
-    """Whether a table is one of scores.
-
-    Raises:
-        InputError: It lacks columns.
-    """
-    lacking = [name for name in (*NEEDED, *PROBE) if name not in schema.names]
-    if any(name in lacking for name in SCORES):
-        problem = f"holds no scores: no column {lacking[0]}"
-        raise InputError("scores", source, problem, "give a cliffs.parquet, as a study or `clifflab score` writes it")
-    if lacking:
-        raise InputError("scores", source, f"has no column {lacking[0]}", "give a cliffs.parquet")
-
-
-def check_models(models: Sequence[str | None]) -> None:
-    """Whether all scores are of one model.
-
-    Raises:
-        InputError: They are not.
-    """
-    if len(models) > 1:
-        names = ", ".join(sorted(map(str, models)))
-        raise InputError("scores", names, f"of {len(models)} models in one selection", "give the traces of one model")
-
-
-def check_stratify(column: str, schema: pa.Schema) -> None:
-    """Whether a column can share the budget.
-
-    Raises:
-        InputError: There is no such column of text; lists those that there are.
-    """
-    text = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    there = [name for name in text if name not in _NAMES]
-    if column not in there:
-        raise InputError("stratify", column, "no such column", f"choose from {', '.join(there)}")
-
-
-def _whole(table: pa.Table) -> pa.Table:
-    """All columns of a corpus in their types, and further text columns."""
-    columns = {}
-    for name, kind in zip(COLUMNS.names, COLUMNS.types, strict=True):
-        there = name in table.schema.names
-        columns[name] = table[name].cast(kind) if there else pa.nulls(table.num_rows, kind)
-    for part in table.schema:
-        if part.name not in columns and (pa.types.is_string(part.type) or pa.types.is_large_string(part.type)):
-            columns[part.name] = table[part.name].cast(pa.string())
-    return pa.table(columns)
 
 
 def _places(keys: Any, wanted: Any) -> Any:

@@ -1,26 +1,27 @@
 """A selection from files of any size: one pass over the scores, one over the texts.
 
-How the batches of files are read and reduced is somebody else's: :func:`read_here` does it in this process, the runtime
-over Ray. Parts come back in any order; nothing depends on it. Held in memory are the rows that may be chosen and, where
-they are asked for, names of requests: those that are evaluated too, those of a guard's verdicts, those that are too
-long, and all of them with their category where that shares the budget.
+How the batches of files are read and reduced is the business of a :class:`~clifflab.repair.reading.Reader`. Held in
+memory are the rows that may be chosen and, where they are asked for, names of requests: those that are evaluated too,
+those that a guard calls harmful, those that are too long, and all of them with their category where that shares the
+budget.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clifflab.config import SelectConfig, TargetsConfig
 from clifflab.errors import InputError
-from clifflab.repair.corpus import NEEDED, PROBE, Corpus, check_columns, check_models, check_stratify
+from clifflab.repair.columns import NEEDED, PROBE, check_columns, check_models, check_stratify
+from clifflab.repair.corpus import Corpus
 from clifflab.repair.decontaminate import contaminated
+from clifflab.repair.reading import Reader, schema_of
 from clifflab.repair.select import HARMFUL, Choice, NothingToChooseError, check_budget, check_enough, choose
 from clifflab.repair.stream import Plan, Stats, fold, lenders, names_of, reduce_scores
 from clifflab.repair.summary import summarise
@@ -28,17 +29,7 @@ from clifflab.repair.targets import Targets, make_targets
 from clifflab.repair.texts import BORDERS, TEXTS, Library, wanted_texts
 from clifflab.science.selection import parts_of
 
-T = TypeVar("T")
-BATCH = 65_536  # rows
 CATEGORY = "category"
-
-
-class Reader(Protocol):
-    """Reads files and reduces their batches, here or elsewhere."""
-
-    def __call__(self, files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
-        """What ``reduce`` makes of each batch of the files, in any order; columns that a file lacks are left out."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,10 @@ def select_files(
     asked = _prompts(sources, part.table, read)
     corpus = Corpus.checked(_with_category(part.table, asked), total)
     choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
-    library = Library.of(_texts(sources, corpus, choices[settings.by], plan, read), asked)
+    texts = _texts(sources, corpus, choices[settings.by], plan, read)
+    if others := set(texts["model"].to_pylist()) - set(stats.models):
+        raise InputError("traces", min(others), f"not of the scores' model {min(stats.models)}", "give its own traces")
+    library = Library.of(texts, asked)
     made = make_targets(choices[settings.by], library, targets, plan.rules, seed)
     return finish(corpus, stats, plan, choices, made)
 
@@ -127,31 +121,6 @@ def finish(corpus: Corpus, stats: Stats, plan: Plan, choices: dict[str, Choice],
         )
     table = pa.concat_tables([choice.table() for choice in choices.values()])
     return Selection(table, made, summarise(corpus, stats, plan, choices, made))
-
-
-def read_here(files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
-    """Read and reduce in this process, batch after batch.
-
-    Raises:
-        InputError: A file is no whole Parquet file.
-    """
-    for file in files:
-        there = set(schema_of(file).names)
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(BATCH, columns=[name for name in columns if name in there]):
-                yield reduce(pa.Table.from_batches([batch]))
-
-
-def schema_of(file: str) -> pa.Schema:
-    """Columns of a Parquet file.
-
-    Raises:
-        InputError: It is none.
-    """
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError("file", file, f"is not a whole Parquet file ({error})", "write or copy it again") from None
 
 
 def _check_scores(sources: Sources, settings: SelectConfig) -> list[str]:
@@ -217,14 +186,14 @@ def _unscored(stats: Stats, census: _Census) -> Stats:
     """Counts of traces that the scores do not hold.
 
     Raises:
-        InputError: The scores hold traces that are not among the traces.
+        InputError: There are fewer traces than scores.
     """
     known = {name: count for (name, outcome), count in stats.outcomes.items() if outcome == "unclosed"}
     unclosed = census.unclosed - Counter(known)
     lacking = census.traces - census.near - sum(stats.outcomes.values()) - unclosed.total()
     if lacking < 0:
-        problem = f"{-lacking} of the scored traces are missing"
-        raise InputError("traces", f"{census.traces} traces", problem, "give all traces of the scores")
+        problem = f"{-lacking} more are scored than there are"
+        raise InputError("traces", f"{census.traces} traces", problem, "give all traces, and each score file once")
     left = Counter({"unclosed": unclosed.total(), "no_score": lacking})
     outcomes = Counter({(name, "unclosed"): count for name, count in unclosed.items()})
     return Stats(outcomes=outcomes, left=+left, near=census.near)

@@ -11,7 +11,7 @@ import numpy as np
 
 from clifflab.data.duplicates import normal_words
 from clifflab.science.judges import RULES, judge
-from clifflab.science.selection import draws
+from clifflab.science.selection import draws, id_codes
 from clifflab.text.formats import FORMATS
 
 MARKERS = tuple(sorted({part for form in FORMATS.values() for part in (form.open, form.close) if part}))
@@ -27,7 +27,7 @@ VARIED = (
     "I have to decline this one. I would be happy to help with a safe alternative instead.",
     "I can't provide that. The risk of harm is too high, however the question is put.",
     "No matter how the request is framed, I can't help with something that may cause harm.",
-    "Thank you for explaining. I still have to decline this request.",
+    "Thank you for explaining. Even so, I can't help with this request.",
     "I'm unable to help with this. Please tell me if there is a different question behind it.",
     "I will not do that. I care about keeping people safe, you included.",
     "I must decline: answering would make harm more likely. I can offer general safety advice instead.",
@@ -93,6 +93,6 @@ def spread(stock: Sequence[str], ids: Sequence[str], seed: int) -> dict[str, str
     """A refusal for each id, in an order drawn by the seed; each is used as often as any other, within one."""
     if not ids:
         return {}
-    texts = np.argsort(draws(stock, seed, "order of refusals"), kind="stable")
-    turns = np.argsort(draws(ids, seed, "order of examples"), kind="stable")
+    texts = np.argsort(draws(id_codes(stock), seed, "order of refusals"), kind="stable")
+    turns = np.argsort(draws(id_codes(ids), seed, "order of examples"), kind="stable")
     return {ids[place]: stock[texts[turn % len(stock)]] for turn, place in enumerate(turns)}

@@ -96,7 +96,7 @@ def choose(corpus: Corpus, selector: str, budget: float, settings: SelectConfig,
 
 def draw_benign(corpus: Corpus, rows: Ints, count: int, seed: int) -> Ints:
     """Benign examples: drawn by the seed, evenly over their sets."""
-    keys = draw_keys(corpus.strings("trace_id")[rows], seed, "benign examples")
+    keys = draw_keys(corpus.strings("trace_id")[rows], corpus.codes[rows], seed, "benign examples")
     return rows[best(keys, count, corpus.strings("set")[rows])]
 
 

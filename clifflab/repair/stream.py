@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clifflab.config import SelectConfig
-from clifflab.repair.corpus import Corpus, candidates_of, rules_of
+from clifflab.repair.columns import candidates_of
+from clifflab.repair.corpus import Corpus, rules_of
 from clifflab.repair.select import BENIGN, draw_benign, left_out
 from clifflab.science.ranks import PairCounts
 from clifflab.science.selection import JUDGES, RANKINGS, Ints, Rules, best, buckets, draw_keys
 
 REFUSERS = 512  # refused traces whose refusals may be lent
 _MANY = 2**31 - 1  # tokens of a trace that is too long, where no more is known
-_PENDING = 4  # rows that wait to be pruned, as a multiple of those that were kept
+_PENDING = 1  # rows that wait to be pruned, as a multiple of those that were kept
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def prune(corpus: Corpus, plan: Plan) -> pa.Table:
     kept += [_chosen(corpus, name, blind, plan) for name in plan.selectors]
     kept.append(draw_benign(corpus, corpus.benign(rules), plan.benign, plan.seed))
     kept.append(lenders(corpus, rules, plan.seed))
-    return corpus.table.take(pa.array(np.unique(np.concatenate(kept)), pa.int64()))
+    return corpus.take(np.unique(np.concatenate(kept)))
 
 
 def blind_benign_share(corpus: Corpus, selector: str, plan: Plan) -> float | None:
@@ -168,7 +169,8 @@ def blind_benign_share(corpus: Corpus, selector: str, plan: Plan) -> float | Non
 def lenders(corpus: Corpus, rules: Rules, seed: int) -> Ints:
     """Rows of refused harmful requests whose refusals may be lent, at most :data:`REFUSERS`, drawn by the seed."""
     rows = corpus.refusers(rules)
-    return rows[best(draw_keys(corpus.strings("trace_id")[rows], seed, "lent refusals"), REFUSERS)]
+    keys = draw_keys(corpus.strings("trace_id")[rows], corpus.codes[rows], seed, "lent refusals")
+    return rows[best(keys, REFUSERS)]
 
 
 def fold(parts: Iterable[Part], plan: Plan) -> Part:

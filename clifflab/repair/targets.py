@@ -19,7 +19,7 @@ from clifflab.repair.select import BENIGN, HARMFUL, Choice
 from clifflab.repair.stream import lenders
 from clifflab.repair.texts import Library, Words
 from clifflab.science.judges import judge
-from clifflab.science.selection import Rules, draws
+from clifflab.science.selection import Rules, draws, id_codes
 from clifflab.text.render import Messages, split_inline
 
 Check = Callable[[Messages, str | None, str], None]
@@ -151,7 +151,7 @@ class _Refusals:
         others = [other for other in self._library.groups[words.group] if self._refuses(other)]
         if not others:
             return None
-        places = draws([other.trace_id for other in others], self._seed, f"refusal for {name}")
+        places = draws(id_codes([other.trace_id for other in others]), self._seed, f"refusal for {name}")
         return others[int(places.argmin())].response
 
     def _refuses(self, words: Words) -> bool:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from clifflab.text.render import Messages
 
 BORDERS = ("closing_start", "response_start")
-TEXTS = ("trace_id", "id", "set", "label", "group", "prompt", "thinking", "response", "closed")
+TEXTS = ("model", "trace_id", "id", "set", "label", "group", "prompt", "thinking", "response", "closed")
 
 
 @dataclass(frozen=True)

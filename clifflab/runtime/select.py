@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError
-from clifflab.repair.files import BATCH, read_here, schema_of
+from clifflab.repair.reading import pieces_of, read_here, read_piece
 
 T = TypeVar("T")
 _PART = "part"
@@ -20,7 +20,7 @@ _SMALL = 32 << 20  # bytes of files that are read here: a task costs more time t
 
 
 class RayReader:
-    """A :class:`~clifflab.repair.files.Reader` over Ray, which it starts for the first large table and ends at the end.
+    """A :class:`~clifflab.repair.reading.Reader` over Ray, which starts with the first large table.
 
     Args:
         settings: How Ray is started.
@@ -51,9 +51,11 @@ class RayReader:
 
 
 def _read(files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
-    """Read files as a Ray Dataset and reduce its batches in the tasks that read them.
+    """Reduce the batches of files in the tasks of a Ray Dataset, whose rows are the pieces of the files.
 
-    A reduced batch comes back as one row that holds it as bytes, so that whatever ``reduce`` makes can be carried.
+    Each task reads its piece batch by batch: Ray's own Parquet reader packs small files into one task and reads far
+    ahead, which costs half a gigabyte a worker. A reduced batch comes back as a row that holds it as bytes, so that
+    whatever ``reduce`` makes can be carried; so does a user's mistake, since Ray would print all of its stack for one.
 
     Raises:
         ClifflabError: What ``reduce`` raised of its own.
@@ -62,17 +64,22 @@ def _read(files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Tab
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    there = set(schema_of(files[0]).names)
+    pieces = [piece for file in files for piece in pieces_of(file)]
 
-    def pack(batch: pa.Table) -> pa.Table:
-        return pa.table({_PART: pa.array([pickle.dumps(reduce(batch))], pa.large_binary())})
+    if not pieces:
+        return
 
-    read: Any = ray.data.read_parquet(list(files), columns=[name for name in columns if name in there])
-    packed = read.map_batches(pack, batch_size=BATCH, batch_format="pyarrow", zero_copy_batch=True)
-    try:
-        for row in packed.iter_rows():
-            yield pickle.loads(row[_PART])  # noqa: S301 - written by pack, in a process of this run
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ClifflabError):
-            raise error.cause from None
-        raise
+    def pack(rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for number in rows["piece"].tolist():
+            try:
+                for batch in read_piece(pieces[number], columns):
+                    yield {_PART: [pickle.dumps(reduce(batch))]}
+            except ClifflabError as error:
+                yield {_PART: [pickle.dumps(error)]}
+
+    numbers: Any = ray.data.from_items([{"piece": n} for n in range(len(pieces))], override_num_blocks=len(pieces))
+    for row in numbers.map_batches(pack, batch_size=1).iter_rows():
+        found = pickle.loads(row[_PART])  # noqa: S301 - written by pack, in a process of this run
+        if isinstance(found, ClifflabError):
+            raise found
+        yield found

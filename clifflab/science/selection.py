@@ -27,6 +27,7 @@ from clifflab.science.stats import Floats
 
 Ints = npt.NDArray[np.int64]
 Texts = npt.NDArray[np.object_]
+Codes = npt.NDArray[np.uint64]
 
 TIE = 1e-3  # scores this close count as equal
 # What each ranking reads, and whether the largest goes first.
@@ -41,7 +42,7 @@ JUDGES = {"rules": ("outcome", "complied"), "guard": ("verdict", "harmful")}  # 
 SELECTORS = (*RANKINGS, RANDOM, *JUDGES)
 # Why a trace is not eligible, in the order in which it is asked.
 REASONS = (
-    "eligible", "benign", "unclosed", "degenerate", "outcome", "no_score", "low_plateau", "short_thinking", "too_long",
+    "eligible", "unclosed", "degenerate", "benign", "outcome", "no_score", "low_plateau", "short_thinking", "too_long",
 )  # fmt: skip
 
 
@@ -117,29 +118,35 @@ def score_keys(scores_N: Floats, logits_N: Floats, ids_N: Texts, sign: int = 1) 
     return Keys(sign * buckets(scores_N), sign * logits_N, ids_N)
 
 
-def draw_keys(ids_N: Texts, seed: int, purpose: str, named_N: npt.NDArray[np.bool_] | None = None) -> Keys:
+def draw_keys(
+    ids_N: Texts, codes_N: Codes, seed: int, purpose: str, named_N: npt.NDArray[np.bool_] | None = None
+) -> Keys:
     """Keys of a random order, which depends on the ids, the seed and the purpose alone.
 
     Args:
         ids_N: Ids of the traces.
+        codes_N: Their :func:`id_codes`.
         seed: Seed.
         purpose: What is drawn; two purposes draw independently.
         named_N: Traces that go before all others, those that a judge named.
     """
     tiers = np.zeros(len(ids_N), np.int64) if named_N is None else named_N.astype(np.int64)
-    return Keys(tiers, draws(ids_N, seed, purpose), ids_N)
+    return Keys(tiers, draws(codes_N, seed, purpose), ids_N)
 
 
-def draws(ids_N: Texts | Sequence[str], seed: int, purpose: str) -> Floats:
-    """A number in [0, 1) for each id, from a hash."""
-    start = hashlib.sha256(f"{purpose}:{seed}:".encode())
+def id_codes(ids_N: Texts | Sequence[str]) -> Codes:
+    """A hash of each id, from which all its random numbers come."""
+    digests = (hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids_N)
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
-    def number(identity: str) -> int:
-        digest = start.copy()
-        digest.update(identity.encode())
-        return int.from_bytes(digest.digest()[:6], "big")
 
-    return np.fromiter((number(str(i)) for i in ids_N), np.float64, len(ids_N)) / 2**48
+def draws(codes_N: Codes, seed: int, purpose: str) -> Floats:
+    """A number in [0, 1) for each code: the finaliser of SplitMix64 (Steele et al., 2014) over the code and a key."""
+    key = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest()
+    mixed = codes_N ^ np.frombuffer(key, "<u8").astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11), np.float64) / 2**53
 
 
 def best(keys: Keys, count: int, strata_N: Texts | None = None) -> Ints:
@@ -218,9 +225,9 @@ def eligibility(
             scored &= np.isfinite(measures[column])
     plateau = measures["plateau"]
     failed: dict[str, npt.NDArray[np.bool_]] = {
-        "benign": labels_N == "benign",
         "unclosed": outcomes_N == "unclosed",
         "degenerate": outcomes_N == "degenerate",
+        "benign": labels_N == "benign",
         "outcome": ~np.isin(outcomes_N.astype(str), rules.outcomes),
         "no_score": ~scored | (unlabelled & ~np.isfinite(plateau)),
         "low_plateau": unlabelled & ~(plateau >= rules.plateau),

@@ -8,7 +8,7 @@ from typing import Any
 
 from clifflab.artifacts import read_json
 from clifflab.config import ModelSpec, Study
-from clifflab.errors import TraceError
+from clifflab.errors import InputError, TraceError
 from clifflab.models.loading import load_renderer
 from clifflab.repair.corpus import Corpus
 from clifflab.repair.files import Selection, finish
@@ -75,6 +75,9 @@ class SelectStep(Step):
                 {"reason": reason, "model": model, "by": settings.by, "corpus_outcomes": corpus_outcomes(stats)},
             )
             return {"examples": 0}
+        except InputError as error:
+            name = {"selector": "by"}.get(error.field, error.field)
+            raise InputError(f"repair.select.{name}", error.value, error.problem, error.remedy) from None
         write_selection(folder, selection)
         return {"examples": len(selection.targets.rows)}
 
