@@ -14,6 +14,7 @@ from clifflab.science.less import COMPARED, LOW_ASR, MOST_RISE, RANDOM
 from clifflab.science.less_words import enough
 
 TITLE = "Less is more: how many examples, and who chooses them"
+_MANY = 10  # comparisons, from which the page says how many differ by chance
 _WHAT = {"asr": "attack success", "over_refusal": "over-refusal"}
 _SEE = (
     "The further left attack success falls, the fewer examples that selector needs; where lines lie on each other, it "
@@ -68,8 +69,9 @@ def _how(found: Figures) -> str:
     attacked = ", ".join(found["attacked"]) or "none"
     comparisons = len(found["against_random"])
     chance = (
-        f" Of the {comparisons} comparisons one in twenty would be called a difference by chance alone."
-        if comparisons
+        f" If nothing differed, about {comparisons / 20:.0f} of the {comparisons} comparisons would be called a "
+        "difference all the same."
+        if comparisons >= _MANY
         else ""
     )
     return (
