@@ -20,7 +20,7 @@ from clifflab.artifacts import read_json, write_json
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, InputError, WorkerError, shorten
 from clifflab.runtime.local import start_ray
-from clifflab.tuning.group import Group, WriteFolder
+from clifflab.tuning.group import FirstWorkerError, Group, WriteFolder
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 
 Body = Callable[[Group, Listen], dict[str, Any]]
@@ -185,6 +185,8 @@ def _work(config: dict[str, Any]) -> None:
 
     try:
         result = config["body"](group, listen)
+    except FirstWorkerError:  # the first one has spoken for itself
+        raise
     except ClifflabError as error:
         write_json(post.error, {"text": str(error), "exit_code": error.exit_code})
         if group.size > 1 and not isinstance(error, NonFiniteLossError):
