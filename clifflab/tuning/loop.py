@@ -250,11 +250,10 @@ def _not_finite(
 
 
 def _precision(model: Any) -> AbstractContextManager[Any]:
-    """Half precision for the products on a GPU whose base weights are halves or whose masters are float32."""
-    device = next(model.parameters()).device
-    if device.type != "cuda" or getattr(model.config, "dtype", None) in (None, torch.float32):
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16)
+    """Half precision for the products on a GPU where the weights are halves, or float32 masters of halves."""
+    weight = model.get_input_embeddings().weight
+    halves = {getattr(model.config, "dtype", None), weight.dtype} & {torch.bfloat16, torch.float16}
+    return torch.autocast("cuda", torch.bfloat16) if weight.is_cuda and halves else nullcontext()
 
 
 @contextmanager
