@@ -131,6 +131,7 @@ def selection_about(corpus: Rows, rows: Rows, **changes: Any) -> dict[str, Any]:
         },
         "eligible": sum(r["label"] == "harmful" for r in corpus),
         "labelled": True,
+        "labels": {"with": len(corpus), "without": 0},
         "left_out": {"benign": 240, "low_plateau": 7},
         "contaminated": 0,
         "cliff_cases": sum(map(_cliff_case, corpus)),

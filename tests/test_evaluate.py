@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -278,6 +279,22 @@ def test_the_model_before_reads_as_it_did(compared: tuple[Path, str], checkpoint
     context = identify(prepare(context.study.model_copy(update={"models": (planted, smaller)})), root)
     assert "differ in layers (8, 3) or in width" in no_old_probe(context, after.name)
     assert not no_texts(context, after.name)  # the same tokenizer and template
+
+
+def test_perplexity_is_of_what_the_model_wrote(compared: tuple[Path, str], tmp_path: Path) -> None:
+    """Given traces are no text of the model before: where all benign ones are, that is the reason."""
+    root = shutil.copytree(compared[0], tmp_path / "copy")
+    path = root / "planted" / "traces.parquet"
+    traces = pq.read_table(path)
+    place = traces.schema.get_field_index("source")
+    for one_is_left in (True, False):
+        source = ["existing"] * traces.num_rows
+        left = traces["set"].to_pylist().index("benign")
+        source[left] = "generated" if one_is_left else "existing"
+        pq.write_table(traces.set_column(place, "source", pa.array(source)), path)
+        context = identify(prepare(load_study(compared[0] / "study.yaml")), root)
+        assert benign_texts(context, "planted-after") == ([left] if one_is_left else [])
+        assert ("given traces" in no_texts(context, "planted-after")) != one_is_left
 
 
 def test_the_table_is_printed(compared: tuple[Path, str]) -> None:

@@ -57,8 +57,8 @@ def curve(hits: Mapping[tuple[str, int], list[tuple[int, ...]]], **base: Any) ->
     return LessIsMore(asked(**base), trials, 1000, 0)
 
 
-def said(found: LessIsMore, method: str = "misalignment") -> str:
-    about = {**found.as_dict(), "corpus": 6000, "cliff_cases": 270, "seeds": 3}
+def said(found: LessIsMore, method: str = "misalignment", guard: bool = False) -> str:
+    about = {**found.as_dict(), "corpus": 6000, "cliff_cases": 270, "seeds": 3, "guard": guard}
     return " ".join(findings(about, method))
 
 
@@ -117,10 +117,51 @@ def test_comparison_with_random_is_paired() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(-0.2, -0.01, "better"), (0.01, 0.2, "worse"), (-0.1, 0.0, "no difference"), (None, None, "no difference")],
+    [(-0.2, -0.01, "better"), (0.01, 0.2, "worse"), (-0.1, 0.0, "no difference"), (None, None, "not decided")],
 )
 def test_verdicts(low: float | None, high: float | None, word: str) -> None:
     assert verdict({"mean": 0.0, "low": low, "high": high}) == word
+
+
+def test_unequal_numbers_of_examples_decide_nothing() -> None:
+    """Examples without a usable target are not learnt: who loses many has no equal budget."""
+    hits = {"random": 12, "misalignment": 2, "final": 2}
+    counts = {"random": {"harmful": 8}, "misalignment": {"harmful": 7}, "final": {"harmful": 6}}  # and 2 benign ones
+    trials = [trial(name, 10, s, asr + s, **counts[name]) for name, asr in hits.items() for s in range(3)]
+    found = LessIsMore(asked(), trials, 500, 0)
+    rows = {row["selector"]: row for row in found.against_random if row["measure"] == "asr"}
+    assert (rows["misalignment"]["verdict"], rows["misalignment"]["reason"]) == ("better", ""), "9 of 10 will do"
+    assert rows["final"]["verdict"] == "not decided"
+    assert rows["final"]["reason"] == "final learnt from 8 examples, random from 10"
+    assert "Whether final beats random choice at 10 examples is not decided, since final learnt from 8" in said(found)
+    assert "final has" not in said(found)
+    text = said(found, "final")
+    assert "random to 32%" in text
+    assert ": not decided, since final learnt from 8 examples, random from 10." in text
+    assert "does not beat" not in text
+    assert "at no budget" not in text
+
+
+def test_without_an_interval_nothing_is_decided() -> None:
+    """Neither a single seed nor a single cluster of prompts says how far another one would lie."""
+    single = curve({("misalignment", 10): [(0,)], ("random", 10): [(40,)]})
+    point = single.points[0]
+    assert (point["asr"]["low"], point["asr"]["reason"]) == (None, "a single seed")
+    assert (point["perplexity_ratio"]["low"], point["perplexity_ratio"]["mean"]) == (None, pytest.approx(1.1))
+    one = asked()
+    trials = [trial(name, 10, s, asr) for name, asr in (("misalignment", 0), ("random", 40)) for s in (0, 1)]
+    together = LessIsMore(Asked(one.sets, one.harmful, ["g"] * 100, one.before, one.perplexity), trials, 500, 0)
+    for found in (single, together):
+        assert {row["verdict"] for row in found.against_random} == {"not decided"}
+        assert all(row["reason"] for row in found.against_random)
+        assert "does not beat" not in said(found)
+
+
+def test_the_judge_is_named_where_the_study_has_another() -> None:
+    found = curve({("misalignment", 10): [(4,)] * 2, ("random", 10): [(4,)] * 2})
+    assert "by the rule judge" not in said(found)
+    text = said(found, guard=True)
+    assert text.count("attack success by the rule judge") == text.count("attack success") == 3
 
 
 def test_pareto_front_is_what_no_other_point_beats_and_holds_no_broken_model() -> None:
@@ -221,8 +262,8 @@ def curve_study(existing: Path, **curve: Any) -> dict[str, Any]:
         repair={
             "corpus": [{**corpus, "existing": True}],
             "tuned": False,
-            "select": {"budget": 6},
-            "tune": {"epochs": 1, "batch_size": 4, "learning_rate": 0.005, "validation": 0.0},
+            "select": {"budget": 6, "shared_groups": "keep"},
+            "tune": {"epochs": 1, "batch_size": 4, "learning_rate": 0.005, "validation": 0.5},
             "curve": {**settings, **curve},
         },
     )
@@ -230,7 +271,9 @@ def curve_study(existing: Path, **curve: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, existing_traces: Path) -> Path:
-    return run(parse(curve_study(existing_traces)), tmp_path_factory.mktemp("less"), runtime="inline").root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clifflab.tuning.examples.LEAST_HELD", 1)  # so that budgets this small could hold examples out
+        return run(parse(curve_study(existing_traces)), tmp_path_factory.mktemp("less"), runtime="inline").root
 
 
 def test_every_fine_tune_answers_the_same_prompts(swept: Path) -> None:
@@ -246,7 +289,7 @@ def test_every_fine_tune_answers_the_same_prompts(swept: Path) -> None:
         outcomes = own["outcome"].to_pylist()
         assert len(outcomes) == row["traces"] == 6
         assert all(outcomes.count(o) == row[o] for o in ("refused", "complied", "unclosed", "degenerate"))
-        assert row["harmful_examples"] + row["benign_examples"] == row["budget"]
+        assert row["harmful_examples"] + row["benign_examples"] == row["budget"], "none is held out"
         assert row["steps"] == math.ceil(row["budget"] / 4)
     asked = {key: [] for key in cells}
     for row in answers.select(["selector", "budget", "seed", "trace_id"]).to_pylist():
@@ -268,6 +311,8 @@ def test_the_model_before_is_the_study_itself(swept: Path) -> None:
     assert found["before"]["asr"]["wrapped_strong"] == np.mean([r["outcome"] == "complied" for r in before[:6]])
     assert found["corpus"] == 200
     assert 0 < found["cliff_cases"] < 20
+    assert (found["judged_by"], found["guard"], found["left_out"]) == ("rules", False, {})
+    assert found["texts"] == {"n": 6, "reason": ""}
 
 
 def test_units_share_a_model_and_leave_no_trace(swept: Path, existing_traces: Path) -> None:
@@ -306,11 +351,32 @@ def test_no_curve_without_what_ranks_and_clear_lines_for_the_rest(
     assert "no probe" in planned(untrained).reason
 
 
+def test_given_traces_are_neither_asked_nor_read(swept: Path, existing_traces: Path, tmp_path: Path) -> None:
+    """No model writes them: they would count as attacks that no fine-tune changes."""
+    study = prepare(parse(curve_study(existing_traces, sets=[])))
+    planned = experiment(identify(study, swept), "planted")
+    assert (planned.left_out, planned.unread, len(planned.read)) == ({}, "", 6)
+    root = shutil.copytree(swept, tmp_path / "copy")
+    path = root / "planted" / "traces.parquet"
+    traces = pq.read_table(path)
+    given = pc.equal(traces["set"], "benign")
+    source = pc.if_else(given, "existing", traces["source"])
+    pq.write_table(traces.set_column(traces.schema.get_field_index("source"), "source", source), path)
+    prompts = [p.model_copy(update={"existing": p.name == "benign"}) for p in study.prompts]
+    context = identify(study.model_copy(update={"prompts": tuple(prompts)}), root)
+    planned = experiment(context, "planted")
+    sets = {traces["set"][i].as_py() for i in planned.asked}
+    assert sets == {"harmful", "wrapped_strong"}
+    assert "not written by any model" in planned.left_out["benign"]
+    assert (planned.read, "given traces" in planned.unread) == ((), True)
+
+
 @pytest.mark.parametrize(
     ("repair", "words"),
     [
         ({"curve": {"budgets": [4]}}, ["repair", "curve.budgets", "repair.corpus"]),
         ({"curve": {"selectors": ["random", "random"]}}, ["repair.curve.selectors", "none twice"]),
+        ({"curve": {"sets": ["given"]}}, ["repair.curve.sets", "'given' holds finished traces"]),
         (
             {"curve": {"budgets": [4], "selectors": ["guard"]}, "corpus": True},
             ["repair.curve.selectors", "judge.guard"],
@@ -320,8 +386,10 @@ def test_no_curve_without_what_ranks_and_clear_lines_for_the_rest(
 def test_wrong_settings(repair: dict[str, Any], words: list[str]) -> None:
     if repair.get("corpus"):
         repair = {**repair, "corpus": [{"name": "c", "path": "organism:corpus", "label": "harmful", "limit": 9}]}
+    study = small_study(repair=repair)
+    study["prompts"].append({"name": "given", "path": "given.jsonl", "label": "benign", "existing": True})
     with pytest.raises(ConfigError) as caught:
-        parse(small_study(repair=repair))
+        parse(study)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

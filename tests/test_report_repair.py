@@ -99,6 +99,20 @@ def column(table: Table, title: str, row: str) -> str:
     return cell(found[list(table.head).index(title)], table.digits)
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"with": 600, "without": 0}, "labelled harmful, closed, whole and scored. The"),
+        ({"with": 0, "without": 600}, "closed, whole and scored with a plateau of at least 0.5, since the corpus has"),
+        ({"with": 500, "without": 100}, "scored, and of the 100 traces without a label (of 600) those closed, whole"),
+    ],
+)
+def test_who_is_eligible_by_labels(tmp_path: Path, labels: dict[str, int], words: str) -> None:
+    text = shown(selection_section(made(tmp_path, selection={"labels": labels})))
+    assert words in text
+    assert ("no labels" in text) == (not labels["with"])
+
+
 def test_what_was_chosen(tmp_path: Path) -> None:
     section = selection_section(made(tmp_path))
     text = shown(section)

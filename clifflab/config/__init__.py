@@ -124,6 +124,16 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _curve_asks_models(self) -> Study:
+        given = [prompt_set.name for prompt_set in self.prompts if prompt_set.existing]
+        if wrong := next((name for name in self.repair.curve.sets if name in given), None):
+            raise ValueError(
+                f"repair.curve.sets: {wrong!r} holds finished traces (existing: true), which no model writes anew; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guard_to_choose(self) -> Study:
         select, curve = self.repair.select, self.repair.curve
         named = {"select.by": [select.by], "select.beside": select.beside, "curve.selectors": curve.selectors}

@@ -159,7 +159,7 @@ class EvaluateConfig(Section):
     Attributes:
         pools: Names for sets that are also judged together, e.g. ``unseen: [heldout_wrappers, heldout_objects]``.
         choices: Multiple-choice sets.
-        perplexity_traces: Benign answered traces, as the model before wrote them, whose perplexity is measured.
+        perplexity_traces: Benign answered traces that the model before wrote itself, whose perplexity is measured.
     """
 
     pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -177,15 +177,18 @@ class EvaluateConfig(Section):
 
 
 class CurveConfig(Section):
-    """The less-is-more curve: many small fine-tunes, each judged on a few prompts.
+    """The less-is-more curve: many small fine-tunes, each judged by rules on a few prompts.
+
+    All of them learn by ``repair.tune`` but hold no example out (``validation`` is 0 here, and nothing stops early):
+    small budgets could not, and the recipe must be the same at all of them.
 
     Attributes:
         budgets: Examples of each fine-tune, the benign share included; none leaves the curve out.
         selectors: Who chooses them.
         seeds: Seeds of each (choice of benign examples, targets, order, adapter).
-        sets: Sets of the study that are answered; all by default.
+        sets: Sets of the study that are answered; by default all but those of finished traces, which no model writes.
         prompts: Prompts of each.
-        perplexity_traces: Benign answered traces whose perplexity is measured.
+        perplexity_traces: Benign answered traces that the model before wrote itself, whose perplexity is measured.
     """
 
     budgets: tuple[int, ...] = ()

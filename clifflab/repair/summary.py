@@ -40,6 +40,7 @@ def summarise(
         "budget": {"asked": settings.budget, "corpus": corpus.total, "examples": sum(sizes.values()), **sizes},
         "eligible": stats.eligible,
         "labelled": not stats.labels[""],
+        "labels": {"with": stats.labels.total() - stats.labels[""], "without": stats.labels[""]},
         "left_out": {reason: count for reason, count in left.items() if count},
         "contaminated": stats.near,
         "cliff_cases": stats.cliff_cases,

@@ -10,8 +10,8 @@ from clifflab.report.blocks import Block, Drawing, Note, Section, Table
 from clifflab.report.figures.less import budget_curve, pareto_scatter
 from clifflab.report.numbers import interval, percent
 from clifflab.report.results import ModelResults
-from clifflab.science.less import COMPARED, LOW_ASR, MOST_RISE, RANDOM
-from clifflab.science.less_words import enough
+from clifflab.science.less import COMPARED, LOW_ASR, MOST_RISE, RANDOM, UNEQUAL
+from clifflab.science.less_words import enough, success
 
 TITLE = "Less is more: how many examples, and who chooses them"
 _MANY = 10  # comparisons, from which the page says how many differ by chance
@@ -31,7 +31,11 @@ def curve_section(results: ModelResults) -> Section | None:
         return None
     if found["reason"]:
         return Section("curve", TITLE, [Note(f"There is no curve: {found['reason']}.")])
-    blocks: list[Block] = [Note(_how(found), found["findings"]), *_drawings(found), *_tables(found)]
+    blocks: list[Block] = [
+        Note(_how(found), [*found["findings"], *_missing(found)]),
+        *_drawings(found),
+        *_tables(found),
+    ]
     return Section("curve", TITLE, blocks)
 
 
@@ -49,8 +53,9 @@ def curve_line(summary: Mapping[str, Any]) -> str:
     if not found["attacked"]:
         return "less is more: no attack success before tuning, nothing to bring down"
     needed = [f"{e['selector']} {e['budget'] if e['budget'] is not None else 'none'}" for e in found["needed"]]
+    by = " by rules" if found["guard"] else ""
     return (
-        f"less is more: ASR {percent(found['before']['pooled']['asr'])} before; smallest budget with ASR below "
+        f"less is more: ASR{by} {percent(found['before']['pooled']['asr'])} before; smallest budget with ASR below "
         f"{100 * LOW_ASR:.0f}% and over-refusal up by less than {100 * MOST_RISE:.0f} points: {', '.join(needed)}"
     )
 
@@ -74,15 +79,25 @@ def _how(found: Figures) -> str:
         if comparisons >= _MANY
         else ""
     )
+    guard = " (the study's guard is not asked here)" if found["guard"] else ""
     return (
         f"For every selector and budget the model was tuned {found['seeds']} times, each time with other benign "
-        f"examples, refusals and order; {100 * found['benign_share']:g}% of each budget are benign requests with the "
-        f"model's own answers. Every tuned model answered the same {found['asked']:,} prompts with the same random "
-        "numbers as the model before. Attack success is pooled over the sets whose harmful prompts the model before "
-        f"complies with in at least half of the cases ({attacked}), over-refusal over all benign sets; outcomes are by "
-        "rules, on the response alone. Selectors are compared with random choice at the same budget, seed by seed and "
-        f"prompt by prompt.{chance}"
+        f"examples, refusals and order, with no example held out; {100 * found['benign_share']:g}% of each budget are "
+        "benign requests with the model's own answers. Every tuned model answered the same "
+        f"{found['asked']:,} prompts with the same random numbers as the model before. Attack success is pooled over "
+        "the sets whose harmful prompts the model before complies with in at least half of the cases "
+        f"({attacked}), over-refusal over all benign sets; outcomes are by rules, on the response alone{guard}. "
+        "Selectors are compared with random choice at the same budget, seed by seed and prompt by "
+        f"prompt.{chance}"
     )
+
+
+def _missing(found: Figures) -> list[str]:
+    """What was not asked or read, and why."""
+    notes = [f"Not asked: {name} ({why})." for name, why in found["left_out"].items()]
+    if found["texts"]["reason"]:
+        notes.append(f"No perplexity: {found['texts']['reason']}.")
+    return notes
 
 
 def _drawings(found: Figures) -> list[Block]:
@@ -136,16 +151,19 @@ def _tables(found: Figures) -> list[Block]:
     head = ["selector", "examples", "attack success [95%]", f"minus {RANDOM} [95%]", "over-refusal [95%]"]
     head += [f"minus {RANDOM} [95%]", "degenerate [95%]", "unclosed [95%]", "perplexity ratio [95%]", ""]
     caption = (
-        f"Means over {found['seeds']} seeds. Intervals cover the prompts (resampled by cluster) and the seeds "
-        "(Student's t), added in quadrature; those of the perplexity ratio the seeds alone, since the texts, benign "
-        "traces that the model before wrote, are the same. On the "
+        f"Means over {found['seeds']} seeds; {success(found)} is pooled over the attacked sets. Intervals cover the "
+        "prompts (resampled by cluster) and the seeds (Student's t), added in quadrature; those of the perplexity "
+        "ratio the seeds alone, since the texts, benign traces that the model before wrote, are the same. On the "
         "front: no other point is better in one of attack success, over-refusal and budget and as good in the rest. "
-        f"Broken: unclosed or degenerate answers up by {100 * MOST_RISE:.0f} points or more."
+        f"Broken: unclosed or degenerate answers up by {100 * MOST_RISE:.0f} points or more. "
+        f"Not decided: the two learnt from numbers of examples that differ by more than {100 * UNEQUAL:.0f}%, or "
+        "there is no interval."
     )
-    made = ["selector", "examples", "harmful", "of them cliff cases", "benign", "filled", "steps", "tokens trained"]
+    made = ["selector", "asked for", "harmful", "of them cliff cases", "benign", "filled", "steps", "tokens trained"]
     share = f"{found['cliff_cases'] / found['corpus']:.1%}" if found["corpus"] else "none"
     caption_made = (
-        "What each fine-tune learnt from: means over seeds. Cliff cases are harmful requests that the model complied "
+        "What each fine-tune learnt from, without examples that had no usable target or did not fit: means over seeds. "
+        "Cliff cases are harmful requests that the model complied "
         f"with after a thinking that refused, {share} of the corpus. Filled: examples taken in a random order, because "
         "the selector named too few. Tokens are all tokens of the examples, the prompts' too, as often as they were "
         "seen."
@@ -157,7 +175,8 @@ def _against(row: Figures | None) -> str | None:
     """A difference from random choice, and what it amounts to."""
     if row is None or row["difference"]["mean"] is None:
         return None
-    return f"{interval(row['difference'])}: {row['verdict']}"
+    unequal = f" ({row['reason']})" if row["reason"] and row["difference"]["low"] is not None else ""
+    return f"{interval(row['difference'])}: {row['verdict']}{unequal}"
 
 
 def _count(value: float) -> str:

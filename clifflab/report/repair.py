@@ -85,18 +85,27 @@ def _choice(found: RepairFound, results: ModelResults) -> str:
     about = found.selection
     budget, plateau = about["budget"], results.study.repair.select.plateau
     share = f" ({budget['examples'] / budget['corpus']:.1%})" if budget["corpus"] else ""
-    eligible = (
-        "labelled harmful, closed, whole and scored"
-        if about["labelled"]
-        else f"with a plateau of at least {plateau:g}, since the corpus has no labels"
-    )
     chosen, ranked = found.kinds(about["by"], plateau)["cliff case"], RANKED_BY.get(about["by"], about["by"])
     return (
         f"The repair learns from {budget['examples']:,} of {budget['corpus']:,} traces of the corpus{share}: "
         f"{budget['benign']:,} benign requests with the model's own answers, so that it stays helpful, and "
         f"{budget['harmful']:,} of the {about['eligible']:,} eligible traces, {ranked}. "
-        f"Eligible are those {eligible}. The corpus holds {about['cliff_cases']:,} cliff cases, harmful requests that "
-        f"were complied with after a plateau of at least {plateau:g}; {chosen:,} of them were chosen."
+        f"Eligible are those {_eligible(about['labels'], plateau)}. The corpus holds "
+        f"{about['cliff_cases']:,} cliff cases, harmful requests that were complied with after a plateau of at least "
+        f"{plateau:g}; {chosen:,} of them were chosen."
+    )
+
+
+def _eligible(labels: Mapping[str, int], plateau: float) -> str:
+    """What makes a trace eligible, by how many of the corpus have labels."""
+    if not labels["without"]:
+        return "labelled harmful, closed, whole and scored"
+    closed = f"closed, whole and scored with a plateau of at least {plateau:g}"
+    if not labels["with"]:
+        return f"{closed}, since the corpus has no labels"
+    return (
+        f"labelled harmful, closed, whole and scored, and of the {labels['without']:,} traces without a label (of "
+        f"{labels['with'] + labels['without']:,}) those {closed}"
     )
 
 

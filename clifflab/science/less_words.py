@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clifflab.science.less import LOW_ASR, MOST_RISE, RANDOM
+from clifflab.science.less import LOW_ASR, MOST_RISE, NOT_DECIDED, RANDOM
 
 Figures = Mapping[str, Any]
-_BETTER, _WORSE, _SAME = "better", "worse", "no difference"
+_BETTER, _WORSE = "better", "worse"
 
 
 def findings(figures: Figures, method: str) -> list[str]:
@@ -16,7 +16,8 @@ def findings(figures: Figures, method: str) -> list[str]:
 
     Args:
         figures: Content of ``curve.json``: ``before``, ``attacked``, ``points``, ``against_random``, ``needed``,
-            ``broken``, ``corpus``, ``cliff_cases`` and ``seeds``.
+            ``broken``, ``corpus``, ``cliff_cases``, ``seeds``, and ``guard`` (whether the study has one, which the
+            curve does not ask: then the sentences name the judge).
         method: The selector that the others are told beside.
     """
     attacked = list(figures["attacked"])
@@ -30,7 +31,7 @@ def findings(figures: Figures, method: str) -> list[str]:
     refusal = before["over_refusal"]
     also = f"; over-refusal is {percent(refusal)}" if refusal["mean"] is not None else ""
     said = [
-        f"Before tuning, attack success is {percent(before['asr'])} on {listed(attacked)}{also}.",
+        f"Before tuning, {success(figures)} is {percent(before['asr'])} on {listed(attacked)}{also}.",
         _corpus(figures),
         *_method(figures, method),
     ]
@@ -38,6 +39,11 @@ def findings(figures: Figures, method: str) -> list[str]:
         if selector not in (method, RANDOM):
             said += _other(figures, selector)
     return [sentence for sentence in [*said, enough(figures), *_broken(figures)] if sentence]
+
+
+def success(figures: Figures) -> str:
+    """What the curve calls attack success; with its judge where the study has another one."""
+    return "attack success by the rule judge" if figures["guard"] else "attack success"
 
 
 def enough(figures: Figures) -> str:
@@ -50,7 +56,7 @@ def enough(figures: Figures) -> str:
             later = "" if entry["stays"] else " (and not at every larger one)"
             parts.append(f"{entry['selector']} at {entry['budget']:,} examples{later}")
     return (
-        f"Smallest budget with attack success below {100 * LOW_ASR:.0f}% and over-refusal up by less than "
+        f"Smallest budget with {success(figures)} below {100 * LOW_ASR:.0f}% and over-refusal up by less than "
         f"{100 * MOST_RISE:.0f} points (means over {figures['seeds']} seeds): {'; '.join(parts)}."
     )
 
@@ -80,47 +86,59 @@ def _corpus(figures: Figures) -> str:
 def _method(figures: Figures, method: str) -> list[str]:
     """A sentence for every budget, and one on where the method was no better."""
     points = {(point["selector"], point["budget"]): point for point in figures["points"]}
-    said, even = [], []
+    said, even, undecided = list[str](), list[int](), list[int]()
     for budget in figures["budgets"]:
-        ours, theirs = points.get((method, budget)), points.get((RANDOM, budget))
+        ours, theirs = points.get((method, budget)), points.get((RANDOM, budget)) if method != RANDOM else None
         if ours is None:
             continue
-        text = f"At {budget:,} examples {method} brings attack success to {percent(ours['asr'])}"
+        text = f"At {budget:,} examples {method} brings {success(figures)} to {percent(ours['asr'])}"
         if theirs is not None:
-            judged = _verdict(figures, method, budget, "asr")
+            row = _compared(figures, method, budget, "asr")
+            judged, over = row["verdict"], _compared(figures, method, budget, "over_refusal")["verdict"]
             text += f", {RANDOM} to {percent(theirs['asr'])}: {_word(judged)}"
-            over = _verdict(figures, method, budget, "over_refusal")
-            if over != _SAME:
+            text += f", since {row['reason']}" if judged == NOT_DECIDED else ""
+            if over in (_BETTER, _WORSE):
                 text += (
                     f"; over-refusal is {percent(ours['over_refusal'])} against {percent(theirs['over_refusal'])}: "
                     f"{_word(over)}"
                 )
-            if judged != _BETTER:
+            if judged == NOT_DECIDED:
+                undecided.append(budget)
+            elif judged != _BETTER:
                 even.append(budget)
         said.append(f"{text}.")
+    if method == RANDOM:
+        return said
     compared = [budget for budget in figures["budgets"] if (method, budget) in points and (RANDOM, budget) in points]
-    if even and even == compared:
-        said.append(f"Choosing by {method} beats {RANDOM} choice at no budget tried here.")
+    if even and even == [budget for budget in compared if budget not in undecided]:
+        where = "at no budget tried here" if even == compared else "at no budget at which the two can be compared"
+        said.append(f"Choosing by {method} beats {RANDOM} choice {where}.")
     elif even:
         said.append(f"At {listed(even)} examples choosing by {method} does not beat {RANDOM} choice.")
     return said
 
 
 def _other(figures: Figures, selector: str) -> list[str]:
-    """Where another selector differs from random choice."""
+    """Where another selector differs from random choice, and where that is not decided."""
+    own = [row for row in figures["against_random"] if row["selector"] == selector]
+    if not own:
+        return []
     parts = []
     for measure, name in (("asr", "attack success"), ("over_refusal", "over-refusal")):
         for judged, less in ((_BETTER, "less"), (_WORSE, "more")):
-            at = [
-                row["budget"]
-                for row in figures["against_random"]
-                if (row["selector"], row["measure"], row["verdict"]) == (selector, measure, judged)
-            ]
+            at = [row["budget"] for row in own if (row["measure"], row["verdict"]) == (measure, judged)]
             if at:
                 parts.append(f"{less} {name} at {listed(at)} examples")
-    if not any(row["selector"] == selector for row in figures["against_random"]):
-        return []
-    return [f"Against {RANDOM} choice {selector} has {listed(parts) if parts else 'no difference at any budget'}."]
+    asr = [row for row in own if row["measure"] == "asr"]
+    undecided = [row for row in asr if row["verdict"] == NOT_DECIDED]
+    if not parts and len(undecided) < len(asr):
+        where = "at any other budget" if undecided else "at any budget"
+        parts = [f"no difference {where}"]
+    said = [f"Against {RANDOM} choice {selector} has {listed(parts)}."] if parts else []
+    return said + [
+        f"Whether {selector} beats {RANDOM} choice at {row['budget']:,} examples is not decided, since {row['reason']}."
+        for row in undecided
+    ]
 
 
 def _broken(figures: Figures) -> list[str]:
@@ -134,11 +152,11 @@ def _broken(figures: Figures) -> list[str]:
     ]
 
 
-def _verdict(figures: Figures, selector: str, budget: int, measure: str) -> str:
+def _compared(figures: Figures, selector: str, budget: int, measure: str) -> Figures:
+    """A comparison with random choice."""
     key = (selector, budget, measure)
-    rows = figures["against_random"]
-    return next((r["verdict"] for r in rows if (r["selector"], r["budget"], r["measure"]) == key), _SAME)
+    return next(r for r in figures["against_random"] if (r["selector"], r["budget"], r["measure"]) == key)
 
 
 def _word(judged: str) -> str:
-    return judged if judged == _SAME else f"{judged} than {RANDOM}"
+    return f"{judged} than {RANDOM}" if judged in (_BETTER, _WORSE) else judged

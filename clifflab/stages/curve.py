@@ -20,11 +20,13 @@ from clifflab.science.judges import judge
 from clifflab.science.less import COUNTS
 from clifflab.stages.base import Context, Layout, Step, Unit
 from clifflab.stages.curve_figures import curve_figures, curve_rows
-from clifflab.stages.curve_plan import BEFORE, Cell, examples, experiment
+from clifflab.stages.curve_plan import BEFORE, Cell, examples, experiment, recipe
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.traces import spans_written
 from clifflab.tuning.job import adapted, prepare
 
+# Of how a model is tuned, what no fine-tune of the curve depends on: nothing is held out, and none is saved.
+_OTHERWISE = {"validation", "patience", "save_every", "workers", "max_failures"}
 _TRACE = ("trace_id", "id", "set", "label", "group")
 
 
@@ -34,7 +36,8 @@ class CurveStep(Step):
     One more unit is the model before.
 
     Every prompt is answered with the random numbers of the study's own first trace of it, so that all models, the one
-    before included, are paired. The tuned weights live no longer than their unit.
+    before included, are paired. Rules judge every answer, whatever guard the study has. The tuned weights live no
+    longer than their unit.
     """
 
     name = "curve"
@@ -55,9 +58,10 @@ class CurveStep(Step):
             **repair.curve.model_dump(mode="json"),
             "select": repair.select.model_dump(mode="json", exclude={"beside", "budget", "decontaminate"}),
             "targets": repair.targets.model_dump(mode="json"),
-            "tune": repair.tune.model_dump(mode="json", exclude={"save_every", "workers", "max_failures"}),
+            "tune": repair.tune.model_dump(mode="json", exclude=_OTHERWISE),
             "sampling": sampling,
             "judge": study.judge.kind,
+            "guard": study.judge.guard is not None,
             "bootstrap": study.cliff.bootstrap,
         }
 
@@ -88,13 +92,13 @@ class CurveStep(Step):
             perplexity = _perplexity(loaded, texts)
         else:
             # Whose seed is the study's own chooses and learns as the study's selection and tuning do.
-            seed, tune = context.study.seed + cell.seed, context.study.repair.tune
+            seed, tune = context.study.seed + cell.seed, recipe(context.study)
             chosen = examples(context, unit.model, cell, seed)
             prepared = prepare(loaded, chosen.rows, tune, seed)
             with adapted(loaded, prepared.data, tune, seed) as progress:
                 answers, perplexity = _answers(context, loaded, asked), _perplexity(loaded, texts)
             counts = {
-                **chosen.counts({example.id for example in prepared.encoded.examples}),
+                **chosen.counts({example.id for example in prepared.data.train}),
                 "steps": progress.step,
                 "tokens": sum(step["tokens"] for step in progress.curve),
             }
@@ -117,9 +121,10 @@ class CurveStep(Step):
         write_parquet(out, pa.Table.from_pylist(curve_rows(rows), schema=tables.CURVE))
         plan = experiment(context, model)
         if plan.reason:
-            write_json(out_json, {"reason": plan.reason})
+            judged = {"judged_by": context.study.judge.kind, "left_out": dict(plan.left_out)}
+            write_json(out_json, {"reason": plan.reason, **judged})
             return {"tunes": 0}
-        write_json(out_json, curve_figures(context.study, rows, group_clusters(context), plan.corpus))
+        write_json(out_json, curve_figures(context.study, rows, group_clusters(context), plan))
         return {"tunes": len(parts) - 1, "answers": table.num_rows}
 
 

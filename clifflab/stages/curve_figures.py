@@ -10,7 +10,7 @@ from clifflab.config import Study
 from clifflab.science.judges import OUTCOMES
 from clifflab.science.less import COUNTS, RANDOM, Asked, LessIsMore, Trial
 from clifflab.science.less_words import findings
-from clifflab.stages.curve_plan import BEFORE, Cell
+from clifflab.stages.curve_plan import BEFORE, Cell, Experiment
 
 Rows = Sequence[Mapping[str, Any]]
 _COLUMNS = {"harmful": "harmful_examples", "benign": "benign_examples"}  # where a count's column has another name
@@ -46,15 +46,16 @@ def curve_rows(rows: Rows) -> list[dict[str, Any]]:
     return out
 
 
-def curve_figures(study: Study, rows: Rows, clusters: Mapping[str, str], corpus: Mapping[str, int]) -> dict[str, Any]:
+def curve_figures(study: Study, rows: Rows, clusters: Mapping[str, str], plan: Experiment) -> dict[str, Any]:
     """The content of ``curve.json``.
 
     Args:
         study: The study.
         rows: As for :func:`curve_rows`.
         clusters: Cluster of every group.
-        corpus: ``traces``, ``cliff_cases`` and ``eligible`` of the corpus.
+        plan: What was asked, of which corpus.
     """
+    corpus = plan.corpus
     cells: dict[Cell, list[Mapping[str, Any]]] = {}
     for row in rows:
         cells.setdefault(_cell(row), []).append(row)
@@ -82,10 +83,14 @@ def curve_figures(study: Study, rows: Rows, clusters: Mapping[str, str], corpus:
     figures = {
         "reason": "",
         "method": method(study),
+        "judged_by": study.judge.kind,
+        "guard": study.judge.guard is not None,
         "seeds": settings.seeds,
         "prompts": settings.prompts,
         "asked": len(before),
         "sets": labels,
+        "left_out": dict(plan.left_out),
+        "texts": {"n": len(plan.read), "reason": plan.unread},
         "corpus": corpus["traces"],
         "cliff_cases": corpus["cliff_cases"],
         "eligible": corpus["eligible"],

@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from clifflab.artifacts import read_json
-from clifflab.config import SelectConfig, Study
+from clifflab.config import SelectConfig, Study, TuneConfig
 from clifflab.errors import InputError
 from clifflab.repair.corpus import rules_of
 from clifflab.repair.select import HARMFUL, NothingToChooseError, choose
 from clifflab.repair.targets import make_targets
 from clifflab.science.ablation import ranked_by_hash
 from clifflab.stages.base import CORPUS, Context
+from clifflab.stages.evaluation_plan import why_no_text
 from clifflab.stages.select import check_of, read_corpus, read_library
 
 BEFORE = "none"  # selector of the model before, at budget 0
 _FIELDS = {"budget": "repair.curve.budgets", "selector": "repair.curve.selectors"}  # by what the choice calls them
-_COLUMNS = ["trace_id", "id", "sample", "set", "label", "group"]
+_COLUMNS = ["trace_id", "id", "sample", "set", "label", "group", "source"]
+_GIVEN = "its traces are given and not written by any model"
 
 
 class Cell(NamedTuple):
@@ -62,7 +64,9 @@ class Experiment:
         reason: Why there is none; empty where there is one.
         cells: The fine-tunes, the largest first.
         asked: Indices of the study's traces whose prompts are answered anew, set by set.
-        read: Indices of the benign answered traces whose perplexity is measured.
+        read: Indices of the benign answered traces, all written by the model, whose perplexity is measured.
+        unread: Why there are none of these; empty where there are.
+        left_out: Sets that are not asked, and why.
         corpus: ``traces`` of the corpus, ``eligible`` ones and ``cliff_cases``.
     """
 
@@ -70,6 +74,8 @@ class Experiment:
     cells: tuple[Cell, ...] = ()
     asked: tuple[int, ...] = ()
     read: tuple[int, ...] = ()
+    unread: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
     corpus: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -104,28 +110,42 @@ def _experiment(context: Context, model: str) -> Experiment:
         for seed in range(settings.seeds)
     )
     traces = context.table(folder / "traces.parquet").select(_COLUMNS).to_pylist()
-    outcomes = context.table(folder / "outcomes.parquet")["outcome"].to_pylist()
+    judged = context.table(folder / "outcomes.parquet")
+    outcomes = judged["outcome"].to_pylist()
     asked, seed = list[int](), context.study.seed
-    for name in settings.sets or [prompt_set.name for prompt_set in context.study.prompts]:
+    wanted = settings.sets or [prompt_set.name for prompt_set in context.study.prompts]
+    left_out = {p.name: _GIVEN for p in context.study.prompts if p.existing and p.name in wanted}
+    for name in (name for name in wanted if name not in left_out):
         members = [i for i, trace in enumerate(traces) if trace["set"] == name and trace["sample"] == 0]
         asked += _drawn(seed, "curve", traces, members)[: settings.prompts]
     if not asked:
-        return Experiment("no prompt of repair.curve.sets has a trace")
-    benign = [i for i, trace in enumerate(traces) if (trace["label"], outcomes[i]) == ("benign", "complied")]
+        return Experiment("no prompt of repair.curve.sets has a trace that the model wrote", left_out=left_out)
+    kind = ("benign", "generated", "complied")
+    benign = [i for i, trace in enumerate(traces) if (trace["label"], trace["source"], outcomes[i]) == kind]
     first = {(traces[i]["set"], traces[i]["id"]): i for i in reversed(benign)}  # one trace of each prompt
     read = _drawn(seed, "curve perplexity", traces, sorted(first.values()))[: settings.perplexity_traces]
+    unread = "" if read else why_no_text(context.table(folder / "traces.parquet"), judged)
     rules = rules_of(how)
     about = {
         "traces": scored.total,
         "eligible": len(scored.eligible(rules)),
         "cliff_cases": int(scored.cliff_cases(rules).sum()),
     }
-    return Experiment("", cells, tuple(asked), tuple(read), about)
+    return Experiment("", cells, tuple(asked), tuple(read), unread, left_out, about)
 
 
 def choice_settings(study: Study) -> SelectConfig:
     """How examples are chosen: as in the study's selection, from traces that all selectors of the curve can rank."""
     return study.repair.select.model_copy(update={"beside": study.repair.curve.selectors})
+
+
+def recipe(study: Study) -> TuneConfig:
+    """How every fine-tune learns: as the study's, but nothing is held out.
+
+    Only large budgets could hold examples out, so that the recipe would change along the curve, and with it the number
+    of examples that are learnt.
+    """
+    return study.repair.tune.model_copy(update={"validation": 0.0})
 
 
 def examples(context: Context, model: str, cell: Cell, seed: int) -> Examples:

@@ -45,7 +45,22 @@ def no_texts(context: Context, model: str) -> str:
     """Why there is no perplexity; empty where there is."""
     if found := differences(context, model):
         return found
-    return "" if benign_texts(context, model) else "the model before answered no benign prompt"
+    if benign_texts(context, model):
+        return ""
+    path = context.layout.folder(model_before(context, model))
+    return why_no_text(*(context.table(path / f"{name}.parquet") for name in ("traces", "outcomes")))
+
+
+def why_no_text(traces: Any, outcomes: Any) -> str:
+    """Why a model wrote no benign answer to read: there is none at all, or all of them were given to it."""
+    complied = outcomes["outcome"].to_pylist()
+    benign = [
+        (label, outcome) == ("benign", "complied")
+        for label, outcome in zip(traces["label"].to_pylist(), complied, strict=True)
+    ]
+    if any(benign):
+        return "all benign answers are given traces, which the model before did not write"
+    return "the model before answered no benign prompt"
 
 
 def no_old_probe(context: Context, model: str) -> str:
@@ -79,17 +94,17 @@ def closed_traces(context: Context, model: str) -> list[int]:
 
 
 def benign_texts(context: Context, model: str) -> list[int]:
-    """Indices of traces of the model before: a seeded choice of benign answered ones, one a prompt."""
+    """Indices of traces that the model before wrote: a seeded choice of benign answered ones, one a prompt."""
     before = model_before(context, model)
     files = [context.layout.folder(before) / name for name in ("traces.parquet", "outcomes.parquet")]
 
     def choose() -> list[int]:
-        traces = context.table(files[0]).select(["trace_id", "id", "set", "label"]).to_pylist()
+        traces = context.table(files[0]).select(["trace_id", "id", "set", "label", "source"]).to_pylist()
         outcomes = context.table(files[1])["outcome"].to_pylist()
         members = [
             index
             for index, (trace, outcome) in enumerate(zip(traces, outcomes, strict=True))
-            if trace["label"] == "benign" and outcome == "complied"
+            if (trace["label"], trace["source"], outcome) == ("benign", "generated", "complied")
         ]
         chosen = one_a_prompt(context, "perplexity", traces, members)
         return sorted(chosen[: context.study.repair.evaluate.perplexity_traces])
