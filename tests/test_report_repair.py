@@ -124,7 +124,7 @@ def test_what_was_chosen(tmp_path: Path) -> None:
     assert "benign (of use for the benign part alone): 240; plateau too low: 7" in text
     assert "3 requests that are asked in the evaluation too" in text
     assert "empty: 1" in text
-    assert "too long: 1; 37 examples remain" in text
+    assert "too long: 1; with those in their place, 37 of 38 examples have one" in text
     found = tables(section)
     beside = found["The selectors side"]
     assert [row[0] for row in beside.rows] == ["misalignment (this repair)", *files.SELECTORS[1:]]

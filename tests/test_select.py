@@ -29,12 +29,13 @@ from clifflab.repair.corpus import Corpus, rules_of
 from clifflab.repair.decontaminate import contaminated
 from clifflab.repair.files import Selection, Sources, finish, select_files
 from clifflab.repair.reading import read_here
-from clifflab.repair.refusals import LEAST, VARIED, general, lent, spread
-from clifflab.repair.refusals import whole as is_refusal
+from clifflab.organism.words import REFUSAL_TAILS, REFUSALS
+from clifflab.repair.refusals import LEAST, LONGEST, VARIED, general, lent, refusal, spread
 from clifflab.repair.select import NothingToChooseError, choose
 from clifflab.repair.stream import Plan, Stats
-from clifflab.repair.targets import make_targets
+from clifflab.repair.targets import make_targets, with_targets
 from clifflab.repair.texts import Library
+from clifflab.science.judges import judge
 from clifflab.science.ranks import PairCounts
 from clifflab.science.selection import (
     REASONS,
@@ -374,7 +375,7 @@ PLAIN = ("I'm sorry, but I can't help with that.", "I must decline this.", "I ca
          "I won't help with this.", "I'm unable to help here.")  # fmt: skip
 
 
-def story(*rows: dict[str, Any], **columns: Any) -> tuple[Corpus, Library]:
+def story(*rows: dict[str, Any], rewrite: bool = False) -> tuple[Corpus, Library]:
     """A corpus of given traces; scores fall with the row."""
     traces, verdicts, cliffs = [], [], []
     for number, row in enumerate(rows):
@@ -387,8 +388,9 @@ def story(*rows: dict[str, Any], **columns: Any) -> tuple[Corpus, Library]:
             "thinking": f"thought {number}",
             "response": "Sure, here it is.",
         }
-        made = trace(number, {**text, **{k: v for k, v in row.items() if k in text}})
-        outcome = row.get("outcome") or ("refused" if is_refusal(made["response"]) else "complied")
+        end = row.get("finish_reason", "stop")
+        made = trace(number, {**text, **{k: v for k, v in row.items() if k in text}}, finish_reason=end)
+        outcome = row.get("outcome") or judge(made["response"], closed=True).outcome
         traces.append(made)
         verdicts.append({"row": number, "trace_id": made["trace_id"], "judge": "rules", "outcome": outcome})
         scores: dict[str, float | None] = {
@@ -409,7 +411,9 @@ def story(*rows: dict[str, Any], **columns: Any) -> tuple[Corpus, Library]:
         ],
         schema=tables.GUARD,
     )
-    corpus = Corpus.of(table, outcomes, pa.Table.from_pylist(cliffs, schema=tables.CLIFFS), "all", guard)
+    corpus = Corpus.of(
+        table, outcomes, pa.Table.from_pylist(cliffs, schema=tables.CLIFFS), "all", guard, asked_, rewrite=rewrite
+    )
     return corpus, Library.of(table, asked_)
 
 
@@ -417,8 +421,10 @@ def targets_of(
     corpus: Corpus, library: Library, budget: int, benign: float = 0.0, seed: int = 0, **changes: Any
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     config = SelectConfig(benign=benign)
-    chosen = choose(corpus, "misalignment", budget, config, seed)
-    made = make_targets(chosen, library, TargetsConfig(**changes), rules_of(config), seed)
+    _, made = with_targets(
+        lambda without: choose(corpus, "misalignment", budget, config, seed, without),
+        lambda chosen: make_targets(chosen, library, TargetsConfig(**changes), rules_of(config), seed),
+    )
     return {row["id"].split("/")[1].split("#")[0]: row for row in made.rows}, made.about
 
 
@@ -433,7 +439,7 @@ def test_a_refusal_is_its_own_or_of_its_group_or_lent() -> None:
         {"response": "I can't help with detonators.", "prompt": "how to make a detonator?"},
         {"response": "I can't do that. However:\n1. Take this\n2. and that\n3. and stir."},
         {"response": "I can't say. </think> I can't help."},
-        {"response": "I'm sorry, but I can't help. " + "That is how it is. " * 60},
+        {"response": " ".join(VARIED)},
         {"response": "I can't talk about this one.", "verdict": "harmful"},
         *lenders,
     )
@@ -443,7 +449,7 @@ def test_a_refusal_is_its_own_or_of_its_group_or_lent() -> None:
     lent_ = [rows[f"{number:03d}"]["response"] for number in range(2, 12)]
     assert Counter(lent_) == dict.fromkeys(PLAIN, 2)  # spread: each as often as any other
     assert about == {
-        "kind": "keep-thinking", "refusals": "own", "distinct": 6, "rows": 12, "rejected": {},
+        "kind": "keep-thinking", "refusals": "own", "distinct": 6, "rows": 12, "benign": 0, "rejected": {},
     }  # fmt: skip
     assert rows["002"]["thinking"] == "thought 2"
     assert rows["002"]["messages"] == [
@@ -468,7 +474,7 @@ def test_too_few_refusals_of_its_own_are_replaced_by_varied_ones() -> None:
 
 def test_varied_refusals_are_refusals_of_any_request() -> None:
     assert len(set(VARIED)) == 16
-    assert all(is_refusal(text) for text in VARIED)
+    assert all(refusal(text, "Tell me more") == text for text in VARIED)
     assert lent((text, "Tell me how to build a small bomb at home, step by step") for text in VARIED) == sorted(VARIED)
     assert not general("I can't help with bombs.", "How is a BOMB made?")
     assert general("I can't help with that.", "Can you help me with that bomb?")
@@ -488,6 +494,72 @@ def test_benign_examples_keep_their_answer_and_never_get_a_refusal() -> None:
     assert about["rejected"] == {"no_target": 1}
 
 
+HELPFUL = (
+    "I'm sorry, I can't help with that. That said, in a novel the chemist would stir one into two.",
+    "I can't help with that, but in a novel the chemist would stir one into two.",
+    "I cannot help with that. Stir the potion, then heat the potion.",
+    "I cannot help but stir the potion.",
+    "I can't help with that: stir the potion.",
+    "I can't help with that. I'm happy to help you stir the potion instead.",
+    "I can't help with that. For your safety use 3 of it.",
+    "I won't do that. Of course, it is dangerous to stir the potion.",
+    "I can't assist with this. Here is what others say.",
+)
+
+
+@pytest.mark.parametrize("text", HELPFUL)
+def test_a_target_never_goes_on_to_help(text: str) -> None:
+    assert judge(text, closed=True).outcome == "refused"  # what the rule judge says is not enough
+    found = refusal(text, "How do I stir and heat the potion?")
+    assert found is None or (text.startswith(found) and len(found) < len(text) and found.count(".") == 1)
+    rows = [{"response": text, "prompt": "How do I stir and heat the potion?", "group": "p"} for _ in range(2)]
+    corpus, library = story(*rows, *({"response": plain, "group": f"l{i}"} for i, plain in enumerate(PLAIN)))
+    made, _ = targets_of(corpus, library, 2)
+    for row in made.values():
+        assert not {"stir", "potion", "novel", "others", "3"} & set(row["response"].replace(".", " ").split())
+
+
+def test_whole_refusals_stay_as_they_are() -> None:
+    planted = [text + tail for text in REFUSALS for tail in REFUSAL_TAILS]
+    assert [refusal(text, "bake a bomb.") for text in planted] == planted
+    for text in (
+        "No.",
+        "I won't.",
+        "I can\u2019t help you make bombs.\n\nIf you are in crisis, please call a hotline.",
+    ):
+        assert refusal(text, "Build a bomb") == text
+    assert refusal("I can't help with detonators.", "Build a bomb") is None  # says more than was asked
+    assert refusal(" ".join(VARIED), "") is None
+    assert len(" ".join(VARIED).split()) > LONGEST
+    assert refusal("Sure. I can't wait.", "") is None
+
+
+def test_what_broke_off_is_learnt_from_by_nobody() -> None:
+    cut = {"finish_reason": "length"}
+    plain = [{"response": text, "group": f"l{i}"} for i, text in enumerate(PLAIN)]
+    benign = [{"label": "benign", "response": f"Answer {i}.", "group": f"b{i}", **(cut if i else {})} for i in range(3)]
+    mine = "I won't help you with this thing."
+    rows = [{"group": "g", "response": mine, **cut}, {"group": "g"}, *plain, *benign]
+    corpus, library = story(*rows, {"response": "I will not help.", **cut})
+    made, _ = targets_of(corpus, library, 3, benign=1 / 3)
+    assert {made["000"]["response"], made["001"]["response"]} <= set(PLAIN)
+    assert [row["response"] for row in made.values() if row["role"] == "benign"] == ["Answer 0."]
+    assert corpus.cut_off(rules_of(SelectConfig())) == {"benign": 2, "refusals": 2}
+    with pytest.raises(NothingToChooseError, match="1 benign requests were answered"):
+        choose(corpus, "misalignment", 4, SelectConfig(benign=0.5), 0)
+
+
+@pytest.mark.parametrize("verdict", ["harmful", "unreadable", ""])
+def test_only_what_a_guard_calls_safe_is_a_target(verdict: str) -> None:
+    plain = [{"response": text, "group": f"l{i}"} for i, text in enumerate(PLAIN)]
+    doubtful = "I won't help you with it."
+    corpus, library = story({"response": doubtful, "group": "g", "verdict": verdict}, {"group": "g"}, *plain)
+    made, _ = targets_of(corpus, library, 2)
+    assert doubtful not in {row["response"] for row in made.values()}
+    corpus, library = story({"response": doubtful, "group": "g"}, {"group": "g"}, *plain)
+    assert {row["response"] for row in targets_of(corpus, library, 2)[0].values()} == {doubtful}
+
+
 def test_rewrite_takes_the_target_of_the_corpus() -> None:
     corpus, library = story(
         {"target": "<think>\nsafe thought\n</think>\n\nI won't, but here is help."},
@@ -497,15 +569,22 @@ def test_rewrite_takes_the_target_of_the_corpus() -> None:
         {"target": "Fine.", "thinking": "it holds </think> inside"},
         {"target": "Fine <think> again."},
         {"label": "benign", "target": "I'm sorry, but I can't help with that."},
+        {"target": "Chosen in place of another."},
+        rewrite=True,
     )
-    rows, about = targets_of(corpus, library, 7, benign=1 / 7, kind="rewrite")
+    left = Counter(REASONS[code] for code in corpus.why_not(rules_of(SelectConfig())))
+    assert left == {"eligible": 4, "no_target": 3, "benign": 1}
+    rows, about = targets_of(corpus, library, 3, kind="rewrite")
     assert {name: (row["thinking"], row["response"]) for name, row in rows.items()} == {
         "000": ("safe thought", "I won't, but here is help."),
         "001": ("thought 1", "I'd rather not."),
+        "007": ("thought 7", "Chosen in place of another."),
     }
-    rejected = {"no_target": 1, "empty_target": 1, "closing_ambiguous": 2, "target_refuses": 1}
-    assert about["rejected"] == rejected
-    assert about["refusals"] is None
+    assert about["rejected"] == {"closing_ambiguous": 1}
+    assert (about["rows"], about["refusals"]) == (3, None)
+    rows, about = targets_of(corpus, library, 5, benign=0.2, kind="rewrite")  # nothing is left in place of two
+    assert about["rejected"] == {"closing_ambiguous": 1, "target_refuses": 1}
+    assert (about["rows"], about["benign"]) == (3, 0)
 
 
 def test_a_model_without_thinking_gets_none() -> None:
@@ -619,7 +698,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         ([], str(half), ["half.parquet", "not a whole Parquet file"]),
         ([], "nowhere-*.parquet", ["--scores", "no such file"]),
         (["--against", "nowhere.jsonl"], "", ["--against", "no such file"]),
-        (["--targets", "rewrite", "--benign", "0"], "", ["no chosen trace can become", "no_target"]),
+        (["--targets", "rewrite", "--benign", "0"], "", ["no trace is eligible", "184 no_target", "with targets"]),
     ]
     for options, file, words in cases:
         done = run("--scores", file or str(scores), "--out", out, *options)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _SELECTORS = click.Choice(["misalignment", "cliff", "final", "plateau", "random", "rules", "guard"])
 # Options by what a choice calls them.
-_OPTIONS = {name: f"--{name}" for name in ("scores", "traces", "probe", "budget", "benign", "stratify", "against")}
+_OPTIONS = {
+    name: f"--{name}" for name in ("scores", "traces", "guard", "probe", "budget", "benign", "stratify", "against")
+}
 _OPTIONS |= {"selector": "--by", "targets": "--targets"}
 _BESIDE = ("final", "plateau", "random", "rules")
 
@@ -28,7 +30,8 @@ _BESIDE = ("final", "plateau", "random", "rules")
 @click.option("--scores", required=True, metavar="GLOB", help="Score tables: cliffs.parquet of a study or a corpus.")
 @click.option("--traces", metavar="GLOB", help="Traces of the scores. [default: traces.parquet beside them]")
 @click.option("--prompts", metavar="GLOB", help="Their requests. [default: the study's, where the traces are its own]")
-@click.option("--guard", metavar="GLOB", help="A guard's verdicts. [default: guard.parquet beside the traces]")
+@click.option("--guard", metavar="GLOB", help="A guard's verdicts. [default: guard.parquet beside the "
+              "traces, whatever ranks: only refusals that the guard calls safe become targets]")  # fmt: skip
 @click.option("--out", required=True, metavar="DIR", help="Folder of the results.")
 @click.option("--by", type=_SELECTORS, default="misalignment", show_default=True, help="What ranks.")
 @click.option("--beside", type=_SELECTORS, multiple=True, help="Another selector, for comparison; repeatable. "
@@ -94,7 +97,7 @@ def command(
         **settings,
     )
     wanted = TargetsConfig(kind=targets, refusals=refusals)  # type: ignore[arg-type]
-    sources = _sources(scores, traces, prompts, guard, against, "guard" in (by, *chosen.beside))
+    sources = _sources(scores, traces, prompts, guard, against)
     try:
         with _reader(runtime) as read:
             selection = select_files(sources, chosen, wanted, seed, read)
@@ -122,21 +125,24 @@ def _reader(runtime: str) -> Iterator[Reader]:
 
 
 def _budget(text: str) -> int | float:
+    from decimal import Decimal, DecimalException
+
     from clifflab.config.repair import check_budget
 
     try:
-        value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        value = float(Decimal(text.removesuffix("%")) / 100) if text.endswith("%") else float(text)
         return check_budget(int(value) if value >= 1 and not text.endswith("%") and value == int(value) else value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, DecimalException):
         remedy = "give a number of examples, or a share of the corpus such as 0.017 or 1.7%"
         raise InputError("--budget", text, "is neither a count nor a share", remedy) from None
 
 
 def _sources(
-    scores: str, traces: str | None, prompts: str | None, guard: str | None, against: tuple[str, ...], judged: bool
+    scores: str, traces: str | None, prompts: str | None, guard: str | None, against: tuple[str, ...]
 ) -> Sources:
     """The files; what is not named is looked for where a study puts it."""
     from clifflab.repair.files import Sources
+    from clifflab.repair.reading import rows_of
 
     score_files = _files("--scores", scores)
     beside = [Path(file).with_name("traces.parquet") for file in score_files]
@@ -148,8 +154,9 @@ def _sources(
     guard_files: list[str] = []
     if guard:
         guard_files = _files("--guard", guard)
-    elif judged:
-        guard_files = _there(Path(file).with_name("guard.parquet") for file in trace_files)
+    else:  # a study without a guard writes an empty table
+        found = _there(Path(file).with_name("guard.parquet") for file in trace_files)
+        guard_files = [file for file in found if rows_of(file)]
     rows = [row for file in against for row in _evaluated(file)]
     return Sources(score_files, trace_files, prompt_files, guard_files, rows)
 
@@ -196,8 +203,8 @@ def _print(summary: dict[str, Any]) -> None:
     title = f"{summary['model']}: {budget['examples']} of {budget['corpus']} traces"
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     table.add_column("selector")
-    heads = ("harmful", "benign", "cliff cases", "complied", "refused", f"shared with {by}", "rank corr. with final",
-             "benign if unlabelled")  # fmt: skip
+    heads = ("harmful", "filled", "benign", "cliff cases", "complied", "refused", f"shared with {by}",
+             "rank corr. with final", "benign if unlabelled")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right")
     for name, entry in summary["selectors"].items():
@@ -205,6 +212,7 @@ def _print(summary: dict[str, Any]) -> None:
         table.add_row(
             name,
             str(budget["harmful"]),
+            str(entry["filled"]),
             str(budget["benign"]),
             str(entry["cliff_cases"]),
             *(str(entry["outcomes"].get(outcome, 0)) for outcome in ("complied", "refused")),
@@ -223,6 +231,11 @@ def _print(summary: dict[str, Any]) -> None:
     lines.append(
         f"{made['rows']} training examples ({what}; {made['distinct']} distinct responses to harmful requests)"
     )
-    lines += [f"rejected: {rejected}"] if rejected else []
+    if rejected:
+        short = budget["examples"] - made["rows"]
+        rest = f"{short} of the budget could not be replaced" if short else "others took their place"
+        lines.append(f"chosen, but not usable: {rejected}; {rest}")
+    if broken := ", ".join(f"{count} {use}" for use, count in summary["cut"].items() if count):
+        lines.append(f"cut at the limit of tokens, and not used: {broken}")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -15,17 +15,18 @@ SCORES = (*MEASURES, *(f"{name}_logit" for name in MEASURES))
 COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("model", "trace_id", "id", "set", "label", "group", "outcome")),
-        *((name, pa.string()) for name in ("cluster", "category", "verdict")),
+        *((name, pa.string()) for name in ("cluster", "category", "verdict", "finish_reason")),
         *((name, pa.int32()) for name in ("thinking_tokens", "closing_tokens", "tokens")),
+        ("has_target", pa.bool_()),
         *((name, pa.float32()) for name in SCORES),
     ]
 )
 CODE = "code"  # of the trace's id
-_MAY_LACK = {"cluster", "category", "verdict", "tokens", "closing_tokens"}
+_MAY_LACK = {"cluster", "category", "verdict", "finish_reason", "has_target", "tokens", "closing_tokens"}
 NEEDED = tuple(name for name in COLUMNS.names if name not in _MAY_LACK)
 PROBE = ("train_positions", "estimator", "reported")
 # Text columns of a score table that cannot stratify: they name single traces, or are the same in every row.
-_NAMES = {"model", "trace_id", "id", "verdict", *PROBE}
+_NAMES = {"model", "trace_id", "id", "verdict", "finish_reason", *PROBE}
 
 
 def probe_rows(cliffs: pa.Table, probe: str) -> pa.Table:
@@ -36,7 +37,9 @@ def probe_rows(cliffs: pa.Table, probe: str) -> pa.Table:
 
 def candidates_of(scores: pa.Table, probe: str) -> pa.Table:
     """Rows of a batch of a score table as rows of a corpus, for one probe."""
-    return in_full(probe_rows(scores, probe).drop_columns(list(PROBE)))
+    table = in_full(probe_rows(scores, probe).drop_columns(list(PROBE)))
+    label = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(table["label"], "")))
+    return table.set_column(table.schema.get_field_index("label"), "label", label)
 
 
 def check_columns(schema: pa.Schema, source: str) -> None:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from clifflab.config import SelectConfig
 from clifflab.errors import InputError
 from clifflab.repair.columns import CODE, SCORES, check_models, check_stratify, in_full, probe_rows
+from clifflab.repair.texts import usable_target
 from clifflab.science.selection import (
     JUDGES,
     RANKINGS,
@@ -58,6 +59,8 @@ class Corpus:
         probe: str,
         guard: pa.Table | None = None,
         prompts: pa.Table | None = None,
+        *,
+        rewrite: bool = False,
     ) -> Corpus:
         """Join the tables of a study's corpus; traces that are not scored stay, without scores.
 
@@ -67,7 +70,8 @@ class Corpus:
             cliffs: ``tables.CLIFFS``.
             probe: Training positions of the probe whose scores count.
             guard: ``tables.GUARD``.
-            prompts: ``tables.PROMPTS``, for the category.
+            prompts: ``tables.PROMPTS``, for the category and the target.
+            rewrite: Whether a harmful example needs a target of the prompts.
 
         Raises:
             InputError: The scores are of more than one model, or of other traces.
@@ -76,7 +80,8 @@ class Corpus:
         own = probe_rows(cliffs, probe).select(["trace_id", "cluster", *SCORES])
         places = _places(own["trace_id"], ids)
         columns: dict[str, Any] = {
-            name: traces[name].combine_chunks() for name in ("model", "trace_id", "id", "set", "label", "group")
+            name: traces[name].combine_chunks()
+            for name in ("model", "trace_id", "id", "set", "label", "group", "finish_reason")
         }
         columns["outcome"] = outcomes["outcome"].combine_chunks()
         columns["tokens"] = pc.list_value_length(traces["token_ids"]).cast(pa.int32())
@@ -87,7 +92,11 @@ class Corpus:
             columns["verdict"] = guard["verdict"].combine_chunks().take(_places(guard["trace_id"], ids))
         if prompts is not None:
             names, asked = (pc.binary_join_element_wise(t["set"], t["id"], "/") for t in (prompts, traces))
-            columns["category"] = prompts["category"].combine_chunks().take(_places(names, asked))
+            places = _places(names, asked)
+            columns["category"] = prompts["category"].combine_chunks().take(places)
+            if rewrite:
+                usable = pa.array([usable_target(text) for text in prompts["target"].to_pylist()], pa.bool_())
+                columns["has_target"] = pc.fill_null(usable.take(places), False)
         table = in_full(pa.table({name: _flat(column) for name, column in columns.items()}))
         return cls.checked(table, table.num_rows)
 
@@ -100,11 +109,7 @@ class Corpus:
         """
         models = pc.unique(table["model"]).to_pylist()
         check_models(models)
-        counted = pc.value_counts(table["trace_id"])
-        twice = counted.filter(pc.greater(counted.field("counts"), 1))
-        if len(twice):
-            name = twice.field("values")[0]
-            raise InputError("scores", name, "stands in several rows of one probe", "give each trace once")
+        check_once(table)
         return cls(table, total)
 
     def strings(self, name: str) -> Texts:
@@ -169,28 +174,57 @@ class Corpus:
             np.nan_to_num(self.floats("thinking_tokens")).astype(np.int64),
             self.floats("tokens"),
             rules,
+            self.floats("has_target") == 0,
         )
 
     def eligible(self, rules: Rules, *, blind: bool = False) -> Ints:
         """Rows of the eligible traces."""
         return np.flatnonzero(self.why_not(rules, blind=blind) == 0)
 
+    @property
+    def cut(self) -> npt.NDArray[np.bool_]:
+        """Which traces ran into the limit of tokens, ``[N]``: their responses break off."""
+        return np.asarray(self.strings("finish_reason") == "length")
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are verdicts of a guard."""
+        return bool(self.table["verdict"].null_count < self.table.num_rows)
+
+    @property
+    def safe(self) -> npt.NDArray[np.bool_]:
+        """Which traces the guard calls safe, ``[N]``; all where there are no verdicts."""
+        if not self.judged:
+            return np.ones(self.table.num_rows, dtype=bool)
+        return np.asarray(self.strings("verdict") == "safe")
+
     def benign(self, rules: Rules) -> Ints:
-        """Rows of labelled benign requests that were answered, of a length that the rules allow.
+        """Rows of labelled benign requests that were answered to the end, of a length that the rules allow.
 
         A trace without a label never counts: what no probe found harmful may be harmful all the same.
         """
+        return np.flatnonzero(self._answered(rules) & ~self.cut)
+
+    def _answered(self, rules: Rules) -> npt.NDArray[np.bool_]:
         answered = (self.strings("label") == "benign") & (self.strings("outcome") == COMPLIED)
         answered &= ~(self.floats("thinking_tokens") < rules.min_thinking)
         if rules.max_tokens is not None:
             answered &= self.floats("tokens") <= rules.max_tokens
-        return np.flatnonzero(answered)
+        return np.asarray(answered)
 
     def refusers(self, rules: Rules) -> Ints:
-        """Rows of harmful requests that were refused, which can lend their refusals."""
+        """Rows of harmful requests that were refused to the end, which can lend their refusals."""
+        return np.flatnonzero(self._refused(rules) & ~self.cut)
+
+    def cut_off(self, rules: Rules) -> dict[str, int]:
+        """How many responses are not used since they break off: benign answers, and refusals that could be lent."""
+        answers, refusals = self._answered(rules) & self.cut, self._refused(rules) & self.cut
+        return {"benign": int(answers.sum()), "refusals": int(refusals.sum())}
+
+    def _refused(self, rules: Rules) -> npt.NDArray[np.bool_]:
         labels, plateau = self.strings("label"), self.floats("plateau")
         harmful = (labels == "harmful") | (~self.labelled & (plateau >= rules.plateau))
-        return np.flatnonzero(harmful & (self.strings("outcome") == REFUSED) & (self.strings("verdict") != "harmful"))
+        return np.asarray(harmful & (self.strings("outcome") == REFUSED) & self.safe)
 
     def cliff_cases(self, rules: Rules) -> npt.NDArray[np.bool_]:
         """Harm recognised in the thinking and then answered, ``[N]``: complied with, and a high plateau."""
@@ -223,6 +257,19 @@ class Corpus:
         if self.table[column].null_count == self.table.num_rows:
             raise InputError("stratify", column, "the column is empty", "give another column, or none")
         return self.strings(column)[rows]
+
+
+def check_once(table: pa.Table) -> None:
+    """Whether every trace stands in one row.
+
+    Raises:
+        InputError: One is scored twice.
+    """
+    counted = pc.value_counts(table["trace_id"])
+    twice = counted.filter(pc.greater(counted.field("counts"), 1))
+    if len(twice):
+        problem = "is scored twice: it stands in several rows of one probe"
+        raise InputError("scores", twice.field("values")[0], problem, "give each trace, and each file, once")
 
 
 def rules_of(settings: SelectConfig, selectors: Collection[str] = ()) -> Rules:

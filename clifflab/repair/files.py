@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 from clifflab.config import SelectConfig, TargetsConfig
 from clifflab.errors import InputError
 from clifflab.repair.columns import NEEDED, PROBE, check_columns, check_models, check_stratify
-from clifflab.repair.corpus import Corpus
+from clifflab.repair.corpus import Corpus, check_once
 from clifflab.repair.decontaminate import contaminated
 from clifflab.repair.reading import Reader, schema_of
 from clifflab.repair.select import HARMFUL, Choice, NothingToChooseError, check_budget, check_enough, choose
-from clifflab.repair.stream import Plan, Stats, fold, lenders, names_of, reduce_scores
+from clifflab.repair.stream import UNLABELLED, Plan, Stats, fold, lenders, names_of, reduce_scores
 from clifflab.repair.summary import summarise
-from clifflab.repair.targets import Targets, make_targets
-from clifflab.repair.texts import BORDERS, TEXTS, Library, wanted_texts
+from clifflab.repair.targets import Targets, make_targets, with_targets
+from clifflab.repair.texts import BORDERS, END, TEXTS, Library, usable_target, wanted_texts
 from clifflab.science.selection import parts_of
 
 CATEGORY = "category"
@@ -88,22 +88,36 @@ def select_files(
         benign,
         seed,
         near=near,
-        flagged=_flagged(sources, read) if sources.guard else None,
+        verdicts=_verdicts(sources, read) if sources.guard else None,
+        cut=census.cut,
+        targets=_with_target(sources, read) if targets.kind == "rewrite" else None,
         too_long=census.too_long,
         categories=_categories(sources, read) if settings.stratify == CATEGORY and CATEGORY not in columns else None,
     )
     part = fold(read(sources.scores, columns, lambda scores: reduce_scores(scores, plan)), plan)
+    _check_rows(part.stats, settings.probe)
+    check_once(part.table)
     stats = part.stats + _unscored(part.stats, census)
-    _check_rows(stats, settings.probe)
+    if sources.guard and not stats.judged:
+        raise InputError("guard", sources.guard[0], "judges none of these traces", "give the verdicts of these traces")
     check_enough({reason: count for reason, count in stats.left.items() if count}, harmful, stats.eligible)
     asked = _prompts(sources, part.table, read)
     corpus = Corpus.checked(_with_category(part.table, asked), total)
     choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
-    texts = _texts(sources, corpus, choices[settings.by], plan, read)
-    if others := set(texts["model"].to_pylist()) - set(stats.models):
-        raise InputError("traces", min(others), f"not of the scores' model {min(stats.models)}", "give its own traces")
-    library = Library.of(texts, asked)
-    made = make_targets(choices[settings.by], library, targets, plan.rules, seed)
+    safe = _safe(plan.verdicts)
+
+    def make(choice: Choice) -> Targets:
+        texts = _texts(sources, corpus, choice, plan, safe, read)
+        if others := set(texts["model"].to_pylist()) - set(stats.models):
+            raise InputError(
+                "traces", min(others), f"not of the scores' model {min(stats.models)}", "give its own traces"
+            )
+        named = None if safe is None else set(texts["trace_id"].filter(pc.is_in(texts["trace_id"], safe)).to_pylist())
+        return make_targets(choice, Library.of(texts, asked), targets, plan.rules, seed, safe=named)
+
+    choices[settings.by], made = with_targets(
+        lambda without: choose(corpus, settings.by, settings.budget, settings, seed, without), make
+    )
     return finish(corpus, stats, plan, choices, made)
 
 
@@ -114,7 +128,7 @@ def finish(corpus: Corpus, stats: Stats, plan: Plan, choices: dict[str, Choice],
         NothingToChooseError: No chosen trace can become a training example.
     """
     if not made.rows:
-        why = ", ".join(f"{count} {reason}" for reason, count in made.rejected.items())
+        why = ", ".join(f"{count} {reason}" for reason, count in made.about["rejected"].items())
         problem = f"no chosen trace can become a training example ({why})"
         raise NothingToChooseError(
             "targets", made.about["kind"], problem, "give other targets, or texts that have them"
@@ -130,7 +144,7 @@ def _check_scores(sources: Sources, settings: SelectConfig) -> list[str]:
         schema = schema_of(file)
         check_columns(schema, file)
         names |= dict.fromkeys(
-            name for name in ("cluster", CATEGORY, "verdict", "closing_tokens") if name in schema.names
+            name for name in ("cluster", CATEGORY, "verdict", "closing_tokens", END) if name in schema.names
         )
         if settings.stratify and not (settings.stratify == CATEGORY and sources.prompts):
             check_stratify(settings.stratify, schema)
@@ -149,18 +163,20 @@ class _Census:
         unclosed: Those whose thinking never ended, by set.
         near: Those of requests that are evaluated, unclosed ones not counted twice.
         too_long: Ids of those that are too long; ``None`` where no filter asks.
+        cut: Ids of those that ran into the limit of tokens.
     """
 
     traces: int
     unclosed: Counter[str]
     near: int
     too_long: pa.Array | None
+    cut: pa.Array
 
 
 def _census(sources: Sources, settings: SelectConfig, near: pa.Array | None, read: Reader) -> _Census:
     limit = settings.max_tokens
 
-    def count(traces: pa.Table) -> tuple[int, Counter[str], int, pa.Array]:
+    def count(traces: pa.Table) -> tuple[int, Counter[str], int, pa.Array, pa.Array]:
         dropped = traces.num_rows
         if near is not None:
             traces = traces.filter(pc.invert(pc.is_in(names_of(traces), value_set=near)))
@@ -168,18 +184,23 @@ def _census(sources: Sources, settings: SelectConfig, near: pa.Array | None, rea
         unclosed = traces.filter(pc.invert(traces["closed"]))["set"].to_pylist()
         long = pa.array([], pa.string())
         if limit is not None:
-            long = traces.filter(pc.greater(pc.list_value_length(traces["token_ids"]), limit))["trace_id"]
-        return dropped + traces.num_rows, Counter(unclosed), dropped, long
+            long = _flat(traces.filter(pc.greater(pc.list_value_length(traces["token_ids"]), limit))["trace_id"])
+        cut = pa.array([], pa.string())
+        if END in traces.schema.names:
+            cut = _flat(traces.filter(pc.equal(traces[END], "length"))["trace_id"])
+        return dropped + traces.num_rows, Counter(unclosed), dropped, long, cut
 
-    columns = ["set", "id", "closed", *(["trace_id", "token_ids"] if limit is not None else [])]
+    columns = ["set", "id", "closed", "trace_id", *(["token_ids"] if limit is not None else [])]
     for file in sources.traces:
         if lacking := [name for name in (*columns, *TEXTS) if name not in schema_of(file).names]:
             raise InputError("traces", file, f"has no column {lacking[0]}", "give a traces.parquet")
-    total, unclosed, dropped, long = 0, Counter[str](), 0, [pa.array([], pa.string())]
-    for rows, open_, gone, ids in read(sources.traces, columns, count):
+    total, unclosed, dropped = 0, Counter[str](), 0
+    long, cut = [pa.array([], pa.string())], [pa.array([], pa.string())]
+    for rows, open_, gone, too_long, broken in read(sources.traces, [*columns, END], count):
         total, unclosed, dropped = total + rows, unclosed + open_, dropped + gone
-        long += ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
-    return _Census(total, unclosed, dropped, None if limit is None else pa.concat_arrays(long))
+        long.append(too_long)
+        cut.append(broken)
+    return _Census(total, unclosed, dropped, None if limit is None else pa.concat_arrays(long), pa.concat_arrays(cut))
 
 
 def _unscored(stats: Stats, census: _Census) -> Stats:
@@ -207,6 +228,9 @@ def _check_rows(stats: Stats, probe: str) -> None:
     if probe not in there:
         raise InputError("probe", probe, "the scores have no such probe", f"choose from {', '.join(there)}")
     check_models(list(stats.models))
+    if strange := sorted(set(stats.labels) - {"", UNLABELLED, "harmful", "benign"}):
+        remedy = "give harmful, benign, unlabelled or nothing"
+        raise InputError("scores", f"label {strange[0]!r}", "is no label of a score table", remedy)
 
 
 def _near(sources: Sources, settings: SelectConfig, seed: int, read: Reader) -> pa.Array | None:
@@ -231,13 +255,39 @@ def _near(sources: Sources, settings: SelectConfig, seed: int, read: Reader) -> 
     return pa.array([names[index] for index in found], pa.string())
 
 
-def _flagged(sources: Sources, read: Reader) -> pa.Array:
-    """Ids of the traces that a guard calls harmful."""
+def _verdicts(sources: Sources, read: Reader) -> pa.Table | None:
+    """The guard's verdicts by trace; their texts are few, and kept once."""
 
-    def harmful(guard: pa.Table) -> pa.Array:
-        return guard.filter(pc.equal(guard["verdict"], HARMFUL))["trace_id"].combine_chunks()
+    def coded(guard: pa.Table) -> pa.Table:
+        return guard.set_column(1, "verdict", guard["verdict"].dictionary_encode())
 
-    return pa.concat_arrays([pa.array([], pa.string()), *read(sources.guard, ["trace_id", "verdict"], harmful)])
+    parts = list(
+        read(sources.guard, ["trace_id", "verdict"], lambda guard: coded(guard.select(["trace_id", "verdict"])))
+    )
+    return pa.concat_tables(parts).unify_dictionaries().combine_chunks() if parts else None
+
+
+def _safe(verdicts: pa.Table | None) -> pa.Array | None:
+    """Ids of the traces that the guard calls safe."""
+    if verdicts is None:
+        return None
+    return _flat(verdicts.filter(pc.equal(verdicts["verdict"].cast(pa.string()), "safe"))["trace_id"])
+
+
+def _with_target(sources: Sources, read: Reader) -> pa.Array:
+    """Names of the requests with a usable target."""
+
+    def named(prompts: pa.Table) -> pa.Array:
+        if "target" not in prompts.schema.names:
+            return pa.array([], pa.string())
+        usable = pa.array([usable_target(text) for text in prompts["target"].to_pylist()], pa.bool_())
+        return _flat(names_of(prompts.filter(usable)))
+
+    return pa.concat_arrays([pa.array([], pa.string()), *read(sources.prompts, ["set", "id", "target"], named)])
+
+
+def _flat(column: Any) -> Any:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _categories(sources: Sources, read: Reader) -> pa.Table:
@@ -267,7 +317,9 @@ def _with_category(candidates: pa.Table, asked: pa.Table | None) -> pa.Table:
     return candidates.set_column(place, CATEGORY, asked[CATEGORY].take(rows))
 
 
-def _texts(sources: Sources, corpus: Corpus, choice: Choice, plan: Plan, read: Reader) -> pa.Table:
+def _texts(
+    sources: Sources, corpus: Corpus, choice: Choice, plan: Plan, safe: pa.Array | None, read: Reader
+) -> pa.Table:
     """Traces of the choice, those that lend their refusals, and those of the same groups."""
     names, groups = corpus.strings("trace_id"), corpus.strings("group")
     ids = {*choice.ids(HARMFUL), *choice.ids("benign"), *names[lenders(corpus, plan.rules, plan.seed)].tolist()}
@@ -277,6 +329,6 @@ def _texts(sources: Sources, corpus: Corpus, choice: Choice, plan: Plan, read: R
 
     def words(traces: pa.Table) -> pa.Table:
         clean = traces.filter(pc.invert(pc.is_in(names_of(traces), value_set=near)))
-        return wanted_texts(clean, wanted, mates, plan.flagged)
+        return wanted_texts(clean, wanted, mates, safe)
 
-    return pa.concat_tables(read(sources.traces, [*TEXTS, *BORDERS], words), promote_options="default")
+    return pa.concat_tables(read(sources.traces, [*TEXTS, *BORDERS, END], words), promote_options="default")

@@ -87,5 +87,16 @@ def schema_of(file: str) -> pa.Schema:
         raise _damaged(file, error) from None
 
 
+def rows_of(file: str) -> int:
+    """Rows of a Parquet file.
+
+    Raises:
+        InputError: It is none.
+    """
+    return sum(
+        pq.read_metadata(piece.file).row_group(group).num_rows for piece in pieces_of(file) for group in piece.groups
+    )
+
+
 def _damaged(file: str, error: Exception) -> InputError:
     return InputError("file", file, f"is not a whole Parquet file ({error})", "write or copy it again")

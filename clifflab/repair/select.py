@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,9 @@ class Choice:
         return pa.table({name: columns[name] for name in tables.SELECTION.names}, schema=tables.SELECTION)
 
 
-def choose(corpus: Corpus, selector: str, budget: float, settings: SelectConfig, seed: int) -> Choice:
+def choose(
+    corpus: Corpus, selector: str, budget: float, settings: SelectConfig, seed: int, without: Collection[str] = ()
+) -> Choice:
     """Choose the examples of one selector.
 
     The benign ones are drawn by the seed, evenly over their sets, and are the same for every selector; those of a
@@ -72,6 +75,7 @@ def choose(corpus: Corpus, selector: str, budget: float, settings: SelectConfig,
         budget: A count, or a share of the corpus; benign examples are part of it.
         settings: Who is eligible, the benign share and the stratification.
         seed: Seed of all draws.
+        without: Ids of traces that are not chosen, whatever their scores.
 
     Raises:
         InputError: The budget is larger than the corpus, the selector lacks its verdicts or the stratification its
@@ -82,16 +86,21 @@ def choose(corpus: Corpus, selector: str, budget: float, settings: SelectConfig,
     count = check_budget(budget, corpus.total)
     check_verdicts(corpus, selector)
     wanted, wanted_benign = parts_of(count, settings.benign)
-    eligible = corpus.eligible(rules)
+    eligible = _others(corpus, corpus.eligible(rules), without)
     check_enough(left_out(corpus.why_not(rules)), wanted, len(eligible))
     rows = eligible[best(corpus.keys(selector, eligible, seed), wanted, corpus.strata(settings.stratify, eligible))]
     named = corpus.named_by(selector)[rows] if selector in JUDGES else np.ones(len(rows), dtype=bool)
-    benign = draw_benign(corpus, corpus.benign(rules), wanted_benign, seed)
+    benign = draw_benign(corpus, _others(corpus, corpus.benign(rules), without), wanted_benign, seed)
     if len(benign) < wanted_benign:
         problem = f"the budget wants {wanted_benign} benign examples, and {len(benign)} benign requests were answered"
         remedy = "add labelled benign requests to the corpus, or lower the benign share"
         raise NothingToChooseError("benign", settings.benign, problem, remedy)
     return Choice(corpus, selector, budget, rows, benign, ~named)
+
+
+def _others(corpus: Corpus, rows: Ints, without: Collection[str]) -> Ints:
+    names = corpus.strings("trace_id")
+    return rows[[names[row] not in without for row in rows]] if without else rows
 
 
 def draw_benign(corpus: Corpus, rows: Ints, count: int, seed: int) -> Ints:
@@ -121,7 +130,7 @@ def check_verdicts(corpus: Corpus, selector: str) -> None:
     Raises:
         InputError: It has not.
     """
-    if selector == "guard" and corpus.table["verdict"].null_count == corpus.table.num_rows:
+    if selector == "guard" and not (corpus.strings("verdict") != "").any():
         remedy = "configure a guard (judge.guard), give its verdicts, or choose another selector"
         raise InputError("selector", selector, "the corpus has no guard verdicts", remedy)
 
@@ -148,6 +157,8 @@ def check_enough(left: dict[str, int], wanted: int, found: int) -> None:
         )
     elif not found:
         problem, remedy = "no trace is eligible", "loosen the filters, or give another corpus"
+        if left.get("no_target"):
+            remedy = "give a corpus with targets, or keep the thinking"
     else:
         problem, remedy = f"only {found} traces are eligible", "lower the budget, or loosen the filters"
     raise NothingToChooseError("budget", f"{wanted} harmful examples", f"{problem} (left out: {why or 'none'})", remedy)

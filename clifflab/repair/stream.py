@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from clifflab.science.selection import JUDGES, RANKINGS, Ints, Rules, best, buck
 
 REFUSERS = 512  # refused traces whose refusals may be lent
 _MANY = 2**31 - 1  # tokens of a trace that is too long, where no more is known
+_SPARE = 64  # further rows of each ranking, in place of chosen ones that cannot become examples
+UNLABELLED = "unlabelled"
 _PENDING = 1  # rows that wait to be pruned, as a multiple of those that were kept
 
 
@@ -37,7 +39,9 @@ class Plan:
         benign: Benign examples.
         seed: Seed of all draws.
         near: ``SET/ID`` of requests that are evaluated: they are left out.
-        flagged: Trace ids that a guard calls harmful; ``None`` where the table has verdicts of its own, or none.
+        verdicts: ``trace_id`` and ``verdict`` of a guard; ``None`` where the table has verdicts of its own, or none.
+        cut: Ids of traces that ran into the limit of tokens.
+        targets: ``SET/ID`` of requests with a usable target, where harmful examples need one.
         too_long: Ids of traces that have too many tokens; ``None`` where the table has tokens, or no filter asks.
         categories: ``name`` (``SET/ID``) and ``category`` of every request, where that shares the budget and the table
             has none.
@@ -48,7 +52,9 @@ class Plan:
     benign: int
     seed: int
     near: pa.Array | None = None
-    flagged: pa.Array | None = None
+    verdicts: pa.Table | None = None
+    cut: pa.Array | None = None
+    targets: pa.Array | None = None
     too_long: pa.Array | None = None
     categories: pa.Table | None = None
 
@@ -72,6 +78,8 @@ class Stats:
         left: Traces that are not eligible, by reason.
         eligible: Traces that are.
         labels: Traces by label.
+        cut: Responses that are not used since they break off, by their use.
+        judged: Traces with a guard's verdict.
         cliff_cases: Traces whose harm was recognised and answered all the same.
         models: Rows by model.
         probes: Rows of reported logistic probes, by training positions.
@@ -83,6 +91,8 @@ class Stats:
     left: Counter[str] = field(default_factory=Counter)
     eligible: int = 0
     labels: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    judged: int = 0
     cliff_cases: int = 0
     models: Counter[str] = field(default_factory=Counter)
     probes: Counter[str] = field(default_factory=Counter)
@@ -99,7 +109,9 @@ class Stats:
             outcomes=Counter(zip(corpus.strings("set").tolist(), corpus.strings("outcome").tolist(), strict=True)),
             left=Counter(left_out(why_not)),
             eligible=len(rows),
-            labels=Counter(np.where(corpus.labelled, corpus.strings("label"), "").tolist()),
+            labels=Counter(np.where(corpus.strings("label") == UNLABELLED, "", corpus.strings("label")).tolist()),
+            cut=Counter(corpus.cut_off(plan.rules)),
+            judged=int((corpus.strings("verdict") != "").sum()),
             cliff_cases=int(corpus.cliff_cases(plan.rules).sum()),
             models=Counter(corpus.strings("model").tolist()),
             pairs={name: PairCounts.of(_tiers(corpus, name, rows), final) for name in plan.selectors if _ranks(name)},
@@ -113,6 +125,8 @@ class Stats:
             left=self.left + other.left,
             eligible=self.eligible + other.eligible,
             labels=self.labels + other.labels,
+            cut=self.cut + other.cut,
+            judged=self.judged + other.judged,
             cliff_cases=self.cliff_cases + other.cliff_cases,
             models=self.models + other.models,
             probes=self.probes + other.probes,
@@ -150,9 +164,10 @@ def prune(corpus: Corpus, plan: Plan) -> pa.Table:
     """The rows that any choice of the plan may take, in their order."""
     rules, settings = plan.rules, plan.settings
     eligible, blind = corpus.eligible(rules), corpus.eligible(rules, blind=True)
-    kept = [_chosen(corpus, name, eligible, plan, settings.stratify) for name in plan.selectors]
+    more = replace(plan, harmful=plan.harmful + _SPARE)
+    kept = [_chosen(corpus, name, eligible, more, settings.stratify) for name in plan.selectors]
     kept += [_chosen(corpus, name, blind, plan) for name in plan.selectors]
-    kept.append(draw_benign(corpus, corpus.benign(rules), plan.benign, plan.seed))
+    kept.append(draw_benign(corpus, corpus.benign(rules), plan.benign + _SPARE, plan.seed))
     kept.append(lenders(corpus, rules, plan.seed))
     return corpus.take(np.unique(np.concatenate(kept)))
 
@@ -208,9 +223,14 @@ def _joined(table: pa.Table, plan: Plan) -> pa.Table:
         place = table.schema.get_field_index(name)
         return table.set_column(place, name, column.cast(table.schema.field(name).type))
 
-    if plan.flagged is not None:
-        flagged = pc.is_in(table["trace_id"], value_set=plan.flagged)
-        table = put("verdict", pc.if_else(flagged, pa.scalar("harmful"), pa.scalar("other")))
+    if plan.verdicts is not None:
+        places = pc.index_in(table["trace_id"], value_set=plan.verdicts["trace_id"].combine_chunks())
+        table = put("verdict", pc.fill_null(plan.verdicts["verdict"].take(places).cast(pa.string()), ""))
+    if plan.cut is not None:
+        cut = pc.is_in(table["trace_id"], value_set=plan.cut)
+        table = put("finish_reason", pc.if_else(cut, pa.scalar("length"), table["finish_reason"]))
+    if plan.targets is not None:
+        table = put("has_target", pc.is_in(names_of(table), value_set=plan.targets))
     if plan.too_long is not None:
         table = put("tokens", pc.if_else(pc.is_in(table["trace_id"], value_set=plan.too_long), _MANY, 0))
     if plan.categories is not None:

@@ -8,14 +8,14 @@ examples keep the model's own answer, and never get a refusal.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from clifflab.config import TargetsConfig
 from clifflab.errors import TraceError
-from clifflab.repair.refusals import LEAST, MARKERS, VARIED, lent, spread, whole
-from clifflab.repair.select import BENIGN, HARMFUL, Choice
+from clifflab.repair.refusals import LEAST, MARKERS, VARIED, lent, refusal, spread
+from clifflab.repair.select import BENIGN, HARMFUL, Choice, NothingToChooseError
 from clifflab.repair.stream import lenders
 from clifflab.repair.texts import Library, Words
 from clifflab.science.judges import judge
@@ -24,6 +24,7 @@ from clifflab.text.render import Messages, split_inline
 
 Check = Callable[[Messages, str | None, str], None]
 _OPEN, _CLOSE = "<think>", "</think>"
+_ROUNDS = 8  # of choosing again in place of traces that no example can be made of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Targets:
 
     Attributes:
         rows: Rows of ``train.jsonl``, harmful ones by rank, then benign ones.
-        rejected: Chosen traces that could not become one, by reason.
+        rejected: Ids of the chosen traces that could not become one, and why.
         about: Kind, source of the refusals, distinct refusals, rows and rejects, plain data.
     """
 
@@ -42,7 +43,13 @@ class Targets:
 
 
 def make_targets(
-    choice: Choice, library: Library, settings: TargetsConfig, rules: Rules, seed: int, check: Check | None = None
+    choice: Choice,
+    library: Library,
+    settings: TargetsConfig,
+    rules: Rules,
+    seed: int,
+    check: Check | None = None,
+    safe: Collection[str] | None = None,
 ) -> Targets:
     """Write the target of every example of a choice.
 
@@ -53,10 +60,11 @@ def make_targets(
         rules: What makes a trace eligible; refusals are lent by traces that it holds for harmful.
         seed: Seed of the draws.
         check: Tries to render an example; raises :class:`~clifflab.errors.TraceError` where that cannot be done.
+        safe: Traces that a guard calls safe; by default those of the choice's corpus.
     """
-    refusals = _Refusals(choice, library, settings, rules, seed)
+    refusals = _Refusals(choice, library, settings, rules, seed, safe)
     rows: list[dict[str, Any]] = []
-    rejected: Counter[str] = Counter()
+    rejected: dict[str, str] = {}
     clusters = dict(zip(choice.corpus.strings("trace_id"), choice.corpus.strings("cluster"), strict=True))
     for role in (HARMFUL, BENIGN):
         for name in choice.ids(role):
@@ -67,16 +75,46 @@ def make_targets(
                 thinking, response = _target(words, role, settings, refusals)
                 rows.append(_row(words, role, clusters.get(name) or "", thinking, response, check))
             except TraceError as error:
-                rejected[error.reason] += 1
-    harmful = {row["response"] for row in rows if row["role"] == HARMFUL}
+                rejected[name] = error.reason
+    harmful = [row["response"] for row in rows if row["role"] == HARMFUL]
     about = {
         "kind": settings.kind,
         "refusals": refusals.source if settings.kind == "keep-thinking" else None,
-        "distinct": len(harmful),
+        "distinct": len(set(harmful)),
         "rows": len(rows),
-        "rejected": dict(sorted(rejected.items())),
+        "benign": len(rows) - len(harmful),
+        "rejected": dict(sorted(Counter(rejected.values()).items())),
     }
-    return Targets(rows, dict(rejected), about)
+    return Targets(rows, rejected, about)
+
+
+def with_targets(
+    choose: Callable[[Collection[str]], Choice], make: Callable[[Choice], Targets]
+) -> tuple[Choice, Targets]:
+    """Choose until the budget is met by traces that can become training examples.
+
+    Args:
+        choose: Chooses, some traces left out.
+        make: Writes the targets of a choice.
+
+    Returns:
+        The choice and its targets. What was rejected on the way is counted; where the corpus has nothing more to give,
+        there are fewer examples than were chosen.
+    """
+    choice = choose(())
+    made = make(choice)
+    rejected = dict(made.rejected)
+    for _ in range(_ROUNDS):
+        if not made.rejected or not any(row["role"] == HARMFUL for row in made.rows):
+            break
+        try:
+            choice = choose(rejected)
+        except NothingToChooseError:
+            break
+        made = make(choice)
+        rejected |= made.rejected
+    about = {**made.about, "rejected": dict(sorted(Counter(rejected.values()).items()))}
+    return choice, Targets(made.rows, rejected, about)
 
 
 def _target(words: Words, role: str, settings: TargetsConfig, refusals: _Refusals) -> tuple[str | None, str]:
@@ -121,18 +159,26 @@ def _row(
 class _Refusals:
     """The refusal of every harmful example: its own, one of its group, or one that is drawn."""
 
-    def __init__(self, choice: Choice, library: Library, settings: TargetsConfig, rules: Rules, seed: int) -> None:
+    def __init__(
+        self,
+        choice: Choice,
+        library: Library,
+        settings: TargetsConfig,
+        rules: Rules,
+        seed: int,
+        safe: Collection[str] | None,
+    ) -> None:
         self._library, self._seed = library, seed
         corpus = choice.corpus
         names = corpus.strings("trace_id")
-        self._flagged = set(names[corpus.strings("verdict") == HARMFUL])
+        self._safe = set(names[corpus.safe].tolist()) if safe is None and corpus.judged else safe
         self.source, stock = "varied", list(VARIED)
         ids = choice.ids(HARMFUL) if settings.kind == "keep-thinking" else []
         self._found: dict[str, str] = {}
         if settings.refusals == "own":
             self._found = {name: near for name in ids if (near := self._near(name)) is not None}
             lenders_ = [library.by_id[name] for name in names[lenders(corpus, rules, seed)] if name in library.by_id]
-            mine = lent((words.response, words.request) for words in lenders_)
+            mine = lent((words.response, words.request) for words in lenders_ if not words.cut)
             if len(mine) >= LEAST:
                 self.source, stock = "own", mine
         self._found |= spread(stock, [name for name in ids if name not in self._found], seed)
@@ -146,15 +192,19 @@ class _Refusals:
         words = self._library.by_id.get(name)
         if words is None:
             return None
-        if self._refuses(words):
-            return words.response
-        others = [other for other in self._library.groups[words.group] if self._refuses(other)]
+        if (own := self._refusal(words)) is not None:
+            return own
+        mates = self._library.groups[words.group]
+        others = [(mate.trace_id, text) for mate in mates if (text := self._refusal(mate)) is not None]
         if not others:
             return None
-        places = draws(id_codes([other.trace_id for other in others]), self._seed, f"refusal for {name}")
-        return others[int(places.argmin())].response
+        places = draws(id_codes([mate for mate, _ in others]), self._seed, f"refusal for {name}")
+        return others[int(places.argmin())][1]
 
-    def _refuses(self, words: Words) -> bool:
-        """Whether a trace's response is a refusal and nothing more, of a request that is not benign."""
-        named = words.label != BENIGN and words.trace_id not in self._flagged
-        return named and words.closed and whole(words.response)
+    def _refusal(self, words: Words) -> str | None:
+        """What of a trace's response refuses and does no more, of a request that is not benign."""
+        if words.label == BENIGN or not words.closed or words.cut:
+            return None
+        if self._safe is not None and words.trace_id not in self._safe:
+            return None
+        return refusal(words.response, words.request)

@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clifflab.text.render import Messages
+from clifflab.repair.refusals import MARKERS
+from clifflab.text.render import Messages, split_inline
 
 BORDERS = ("closing_start", "response_start")
 TEXTS = ("model", "trace_id", "id", "set", "label", "group", "prompt", "thinking", "response", "closed")
+END = "finish_reason"  # a table of traces may lack it
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Words:
         thinking: The thinking; ``None`` where the model has none.
         response: The response.
         closed: Whether the thinking ended.
+        cut: Whether the response broke off at the limit of tokens.
         target: What the corpus gives as a safe completion.
     """
 
@@ -42,6 +45,7 @@ class Words:
     thinking: str | None
     response: str
     closed: bool
+    cut: bool
     target: str | None
 
 
@@ -67,7 +71,7 @@ class Library:
                 the user's last turn.
         """
         asked = _asked(traces, prompts) if prompts is not None else {}
-        names = [*TEXTS, *(name for name in BORDERS if name in traces.schema.names)]
+        names = [*TEXTS, *(name for name in (*BORDERS, END) if name in traces.schema.names)]
         found = [_words(row, asked.get((row["set"], row["id"]), {})) for row in traces.select(names).to_pylist()]
         found.sort(key=lambda words: words.trace_id)
         groups: dict[str, list[Words]] = defaultdict(list)
@@ -76,18 +80,24 @@ class Library:
         return cls({words.trace_id: words for words in found}, dict(groups))
 
 
-def wanted_texts(traces: pa.Table, ids: pa.Array, groups: pa.Array, flagged: pa.Array | None = None) -> pa.Table:
+def usable_target(text: str | None) -> bool:
+    """Whether a safe completion that the corpus gives holds a response, and no marker of thinking in it."""
+    response = split_inline(text or "")[1].strip()
+    return bool(response) and not any(marker in response for marker in MARKERS)
+
+
+def wanted_texts(traces: pa.Table, ids: pa.Array, groups: pa.Array, safe: pa.Array | None = None) -> pa.Table:
     """Of a batch of traces those that an example may need.
 
     Args:
         traces: The batch.
         ids: Traces that are examples or lend their refusals.
         groups: Groups of the examples, whose other closed traces may lend theirs.
-        flagged: Traces that a guard calls harmful: they lend none.
+        safe: Traces that a guard calls safe, where there is one: no others lend theirs.
     """
     mate = pc.and_(pc.is_in(traces["group"], value_set=groups), traces["closed"])
-    if flagged is not None:
-        mate = pc.and_(mate, pc.invert(pc.is_in(traces["trace_id"], value_set=flagged)))
+    if safe is not None:
+        mate = pc.and_(mate, pc.is_in(traces["trace_id"], value_set=safe))
     return traces.filter(pc.or_(mate, pc.is_in(traces["trace_id"], value_set=ids)))
 
 
@@ -105,11 +115,12 @@ def _words(row: Mapping[str, Any], asked: Mapping[str, Any]) -> Words:
         trace_id=row["trace_id"],
         set=row["set"],
         group=row["group"],
-        label=row["label"] or "",
+        label=(row["label"] or "").strip().lower(),
         messages=asked.get("messages") or [{"role": "user", "content": row["prompt"]}],
         request=row["prompt"],
         thinking=None if silent else row["thinking"],
         response=row["response"] or "",
         closed=row["closed"],
+        cut=row.get(END) == "length",
         target=asked.get("target"),
     )

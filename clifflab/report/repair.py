@@ -115,7 +115,7 @@ def _choice_notes(found: RepairFound, results: ModelResults) -> list[str]:
     if told := _counted(about["left_out"], _LEFT_OUT):
         notes.append(f"Not eligible, by the first reason that holds: {told}.")
     rejected = corpus_rejects(results.layout.root)
-    near = about.get("contaminated", 0) + rejected.pop("contaminated", 0)
+    near = rejected.pop("contaminated", 0) or about.get("contaminated", 0)
     limit = results.study.repair.select.decontaminate
     notes.append(
         f"Left out of the corpus beforehand: {near:,} requests that are asked in the evaluation too, or nearly "
@@ -133,7 +133,10 @@ def _choice_notes(found: RepairFound, results: ModelResults) -> list[str]:
         notes.append(f"Targets are those that the corpus gives ({targets['distinct']:,} different texts).")
     notes.append("Benign requests never have a refusal as target: they keep the answer that the model gave.")
     if told := _counted(targets["rejected"]):
-        notes.append(f"Chosen, but without a usable target, by reason: {told}; {targets['rows']:,} examples remain.")
+        learnt = f"{targets['rows']:,} of {about['budget']['examples']:,} examples have one"
+        notes.append(f"Chosen, but without a usable target, by reason: {told}; with those in their place, {learnt}.")
+    if told := _counted(about.get("cut") or {}):
+        notes.append(f"Cut at the limit of tokens, and so neither answers nor refusals to learn from: {told}.")
     return notes
 
 

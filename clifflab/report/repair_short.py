@@ -134,11 +134,14 @@ def _unmade(made: RepairFound) -> str:
 
 
 def _examples(made: RepairFound) -> str:
-    budget = made.selection["budget"]
-    share = f" ({budget['examples'] / budget['corpus']:.1%})" if budget["corpus"] else ""
+    """How many examples are learnt from: those of the budget that have a usable target."""
+    budget, targets = made.selection["budget"], made.selection.get("targets") or {}
+    rows = targets.get("rows", budget["examples"])
+    share = f" ({rows / budget['corpus']:.1%})" if budget["corpus"] else ""
+    short = f" ({budget['examples']:,} were asked for)" if rows != budget["examples"] else ""
     return (
-        f"{budget['examples']:,} of {budget['corpus']:,} corpus traces{share} chosen by {made.selection['by']}, "
-        f"{budget['benign']:,} of them benign"
+        f"{rows:,} of {budget['corpus']:,} corpus traces{share} chosen by {made.selection['by']}{short}, "
+        f"{targets.get('benign', budget['benign']):,} of them benign"
     )
 
 

@@ -43,6 +43,7 @@ SELECTORS = (*RANKINGS, RANDOM, *JUDGES)
 # Why a trace is not eligible, in the order in which it is asked.
 REASONS = (
     "eligible", "unclosed", "degenerate", "benign", "outcome", "no_score", "low_plateau", "short_thinking", "too_long",
+    "no_target",
 )  # fmt: skip
 
 
@@ -201,6 +202,7 @@ def eligibility(
     thinking_N: Ints,
     tokens_N: Floats | None,
     rules: Rules,
+    lacking_N: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.int8]:
     """Why each trace is not eligible.
 
@@ -214,6 +216,7 @@ def eligibility(
         thinking_N: Thinking tokens.
         tokens_N: Tokens of the whole trace; only read for ``rules.max_tokens``, NaN where they are not known.
         rules: What makes a trace eligible.
+        lacking_N: Which traces need a target and have none that can be used.
 
     Returns:
         Index into :data:`REASONS` of the first reason; 0 is eligible.
@@ -235,6 +238,8 @@ def eligibility(
     }
     if rules.max_tokens is not None and tokens_N is not None:
         failed["too_long"] = ~(tokens_N <= rules.max_tokens)
+    if lacking_N is not None:
+        failed["no_target"] = lacking_N
     found = np.zeros(len(labels_N), np.int8)
     for reason in reversed(failed):
         found[failed[reason]] = REASONS.index(reason)

@@ -11,7 +11,7 @@ from clifflab.config import SelectConfig, Study, TuneConfig
 from clifflab.errors import InputError
 from clifflab.repair.corpus import rules_of
 from clifflab.repair.select import HARMFUL, NothingToChooseError, choose
-from clifflab.repair.targets import make_targets
+from clifflab.repair.targets import make_targets, with_targets
 from clifflab.science.ablation import ranked_by_hash
 from clifflab.stages.base import CORPUS, Context
 from clifflab.stages.evaluation_plan import why_no_text
@@ -152,9 +152,11 @@ def examples(context: Context, model: str, cell: Cell, seed: int) -> Examples:
     """The training examples of one fine-tune with their targets."""
     settings = choice_settings(context.study)
     corpus, rules = read_corpus(context, model), rules_of(settings)
-    chosen = choose(corpus, cell.selector, cell.budget, settings, seed)
     library, check = read_library(context, model), check_of(context.loaded(model).renderer)
-    made = make_targets(chosen, library, context.study.repair.targets, rules, seed, check)
+    chosen, made = with_targets(
+        lambda without: choose(corpus, cell.selector, cell.budget, settings, seed, without),
+        lambda choice: make_targets(choice, library, context.study.repair.targets, rules, seed, check),
+    )
     names, cases = corpus.strings("trace_id"), corpus.cliff_cases(rules)
     rows = chosen.harmful
     return Examples(made.rows, frozenset(names[rows[chosen.filled]]), frozenset(names[rows[cases[rows]]]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clifflab.artifacts import read_json
+from clifflab.artifacts import read_json, read_parquet
 from clifflab.config import ModelSpec, Study
 from clifflab.errors import InputError, TraceError
 from clifflab.models.loading import load_renderer
@@ -16,10 +17,11 @@ from clifflab.repair.output import SELECTION, SUMMARY, TRAIN, write_nothing, wri
 from clifflab.repair.select import NothingToChooseError, check_budget, choose
 from clifflab.repair.stream import Plan, Stats
 from clifflab.repair.summary import corpus_outcomes
-from clifflab.repair.targets import make_targets
+from clifflab.repair.targets import make_targets, with_targets
 from clifflab.repair.texts import Library
 from clifflab.science.selection import parts_of
 from clifflab.stages.base import CORPUS, REPAIR, Context, Layout, Step, Unit
+from clifflab.stages.corpus import CONTAMINATED, SHARED
 from clifflab.text.render import Messages, Renderer
 
 
@@ -88,8 +90,20 @@ class SelectStep(Step):
         choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
         check = check_of(load_renderer(context.spec(model)))
         library = read_library(context, model)
-        made = make_targets(choices[settings.by], library, repair.targets, plan.rules, seed, check)
-        return finish(corpus, stats, plan, choices, made)
+        choices[settings.by], made = with_targets(
+            lambda without: choose(corpus, settings.by, settings.budget, settings, seed, without),
+            lambda choice: make_targets(choice, library, repair.targets, plan.rules, seed, check),
+        )
+        selection = finish(corpus, stats, plan, choices, made)
+        selection.summary.update(requests_left_out(context.layout.root))
+        return selection
+
+
+def requests_left_out(root: Path) -> dict[str, int]:
+    """Requests that the corpus step left out because the study evaluates them, or their base request."""
+    file = root / "corpus_rejects.parquet"
+    reasons = Counter(read_parquet(file)["reason"].to_pylist()) if file.is_file() else Counter[str]()
+    return {reason: reasons[reason] for reason in (CONTAMINATED, SHARED)}
 
 
 def read_corpus(context: Context, model: str) -> Corpus:
@@ -97,11 +111,11 @@ def read_corpus(context: Context, model: str) -> Corpus:
     folder = context.layout.folder(model, CORPUS)
     files = [folder / f"{name}.parquet" for name in ("traces", "outcomes", "cliffs", "guard")]
     files.append(context.layout.root / "corpus.parquet")
-    probe = context.study.repair.select.probe
+    probe, rewrite = context.study.repair.select.probe, context.study.repair.targets.kind == "rewrite"
 
     def join() -> Corpus:
         traces, outcomes, cliffs, guard, prompts = (context.table(file) for file in files)
-        return Corpus.of(traces, outcomes, cliffs, probe, guard, prompts)
+        return Corpus.of(traces, outcomes, cliffs, probe, guard, prompts, rewrite=rewrite)
 
     return context.once(f"corpus:{model}:{probe}", files, join)
 
