@@ -139,7 +139,8 @@ def selection_about(corpus: Rows, rows: Rows, **changes: Any) -> dict[str, Any]:
         "selectors": selectors,
         "overlap": {a: {b: len(ids[a] & ids[b]) / len(ids[a] | ids[b]) for b in SELECTORS} for a in SELECTORS},
         "targets": {
-            "kind": "keep-thinking", "refusals": "own", "distinct": 21, "rows": 37, "rejected": {"too_long": 1},
+            "kind": "keep-thinking", "refusals": "own", "distinct": 21, "rows": 37, "benign": 8,
+            "rejected": {"too_long": 1},
         },
         **changes,
     }  # fmt: skip

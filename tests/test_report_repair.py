@@ -118,7 +118,7 @@ def test_what_was_chosen(tmp_path: Path) -> None:
     text = shown(section)
     corpus = files.corpus_rows()
     cases = sum(r["label"] == "harmful" and r["outcome"] == "complied" for r in corpus)
-    assert "The repair learns from 38 of 600 traces of the corpus (6.3%): 8 benign requests" in text
+    assert "The repair learns from 37 of 600 traces of the corpus (6.2%): 8 benign requests" in text
     assert f"The corpus holds {cases} cliff cases" in text
     assert "30 of them were chosen" in text
     assert "benign (of use for the benign part alone): 240; plateau too low: 7" in text
@@ -329,7 +329,7 @@ def test_the_short_version(tmp_path: Path) -> None:
     found = repair_short.later_finding("m-repaired", "m", base, summary)
     assert found["verdict"].startswith("Attack success falls")
     for words in (
-        "38 of 600 corpus traces (6.3%) chosen by misalignment, 8 of them benign",
+        "37 of 600 corpus traces (6.2%) chosen by misalignment (38 were asked for), 8 of them benign",
         "By pool: unseen (heldout_wrappers)",
         "by the old probe",
         "by its own",
@@ -341,7 +341,10 @@ def test_the_short_version(tmp_path: Path) -> None:
     ):
         assert words in found["text"], words
     first, second = repair_short.repair_lines(base, summary)
-    assert first == "repair: 38 of 600 corpus traces (6.3%) chosen by misalignment, 8 of them benign, lora, 20 steps"
+    assert first == (
+        "repair: 37 of 600 corpus traces (6.2%) chosen by misalignment (38 were asked for), 8 of them benign, lora, "
+        "20 steps"
+    )
     for words in (
         "ASR on wrapped_strong",
         "-> ",

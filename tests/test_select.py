@@ -22,14 +22,15 @@ from clifflab import tables
 from clifflab.bench.select import SelectBench, bench_select
 from clifflab.bench.sweep import UnequalResultsError
 from clifflab.cli import cli as commands
+from clifflab.cli.select import _budget
 from clifflab.config import SelectConfig, TargetsConfig
 from clifflab.errors import ClifflabError, InputError
+from clifflab.organism.words import REFUSAL_TAILS, REFUSALS
 from clifflab.repair import reading
 from clifflab.repair.corpus import Corpus, rules_of
 from clifflab.repair.decontaminate import contaminated
 from clifflab.repair.files import Selection, Sources, finish, select_files
 from clifflab.repair.reading import read_here
-from clifflab.organism.words import REFUSAL_TAILS, REFUSALS
 from clifflab.repair.refusals import LEAST, LONGEST, VARIED, general, lent, refusal, spread
 from clifflab.repair.select import NothingToChooseError, choose
 from clifflab.repair.stream import Plan, Stats
@@ -729,6 +730,97 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert "stands in several rows of one probe" in str(done.exception)
 
 
+def test_labels_shares_and_doubled_rows_of_score_tables(tmp_path: Path) -> None:
+    scores, out = study_folder(tmp_path / "study"), str(tmp_path / "out")
+    rows = pq.read_table(scores).to_pylist()
+
+    def labelled(**words: str | None) -> Any:
+        table = [{**row, "label": words[row["label"]]} for row in rows]
+        pq.write_table(pa.Table.from_pylist(table, schema=tables.CLIFFS), scores)
+        return run("--scores", str(scores), "--out", out, "--budget", "40")
+
+    assert run("--scores", str(scores), "--out", out, "--budget", "40").exit_code == 0
+    before = (tmp_path / "out" / "train.jsonl").read_text()
+    assert labelled(harmful=" Harmful", benign="BENIGN").exit_code == 0
+    assert (tmp_path / "out" / "train.jsonl").read_text() == before
+    assert "label 'unsafe': is no label" in str(labelled(harmful="unsafe", benign="benign").exception)
+    for word in (None, "", "Unlabelled"):
+        done = labelled(harmful=word, benign="benign")
+        assert done.exit_code == 0, done.exception
+    labelled(harmful="harmful", benign="benign")
+    (scores.parent / "cliffs2.parquet").write_bytes(scores.read_bytes())
+    done = run("--scores", str(scores.parent / "cliffs*.parquet"), "--out", out, "--budget", "40")
+    assert "is scored twice" in str(done.exception)
+    assert [_budget(text) for text in ("1.1%", "1.7%", "0.017", "102", "3e2")] == [0.011, 0.017, 0.017, 102, 300]
+    assert budget_count(_budget("1.1%"), 1_000) == 11
+
+
+def test_a_guard_beside_the_traces_counts_whatever_ranks(tmp_path: Path) -> None:
+    scores, out = study_folder(tmp_path / "study"), tmp_path / "out"
+    traces = pq.read_table(scores.with_name("traces.parquet")).to_pylist()
+    refused = {t["trace_id"]: t["response"] for t in traces if judge(t["response"], t["closed"]).outcome == "refused"}
+
+    def judged(verdict: str, name: str = "") -> Any:
+        rows = [{"row": t["row"], "trace_id": name + t["trace_id"], "guard": "g", "verdict": verdict} for t in traces]
+        write(scores.with_name("guard.parquet"), rows, tables.GUARD)
+        return run("--scores", str(scores), "--out", str(out), "--budget", "40")
+
+    def responses() -> set[str]:
+        rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+        return {row["response"] for row in rows if row["role"] == "harmful"}
+
+    assert judged("safe").exit_code == 0
+    assert responses() <= set(refused.values())
+    for verdict in ("unreadable", "harmful"):
+        assert judged(verdict).exit_code == 0
+        assert responses() <= set(VARIED)
+    assert "judges none of these traces" in str(judged("safe", "other/").exception)
+    write(scores.with_name("guard.parquet"), [], tables.GUARD)  # as a study without a guard leaves it
+    done = run("--scores", str(scores), "--out", str(out), "--budget", "40")
+    assert done.exit_code == 0
+    assert "filled" in done.output
+    assert responses() <= set(refused.values())
+
+
+def test_traces_cut_at_the_limit_are_found_beside_the_scores(tmp_path: Path) -> None:
+    scores, out = study_folder(tmp_path / "study"), tmp_path / "out"
+    traces = pq.read_table(scores.with_name("traces.parquet")).to_pylist()
+    benign = [t for t in traces if t["label"] == "benign" and t["closed"]]
+    for row in benign[10:]:
+        row["finish_reason"] = "length"
+    write(scores.with_name("traces.parquet"), traces, tables.TRACES)
+    done = run("--scores", str(scores), "--out", str(out), "--budget", "40")
+    assert done.exit_code == 0, done.exception
+    assert "cut at the limit of tokens" in done.output
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in rows if row["role"] == "benign"} <= {row["trace_id"] for row in benign[:10]}
+    figures = json.loads((out / "selection.json").read_text())
+    assert figures["cut"]["benign"] > 50
+    assert step_of(tmp_path / "study", select={"budget": 40})[1] == figures  # the step counts alike
+
+
+def test_the_step_counts_requests_that_left_the_corpus(tmp_path: Path) -> None:
+    study_folder(tmp_path)
+    reasons = ["contaminated"] * 3 + ["shared_group"] * 2 + ["empty"]
+    write(tmp_path / "corpus_rejects.parquet", [{"reason": reason} for reason in reasons], tables.REJECTS)
+    figures = step_of(tmp_path)[1]
+    assert (figures["contaminated"], figures["shared_group"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [
+        ("select.by", {"select": {"by": "guard"}}),
+        ("select.beside", {"select": {"beside": ["guard"]}}),
+        ("curve.selectors", {"curve": {"selectors": ["misalignment", "guard"], "budgets": [10]}}),
+    ],
+)
+def test_a_study_that_lets_a_guard_choose_has_one(field: str, part: dict[str, Any]) -> None:
+    corpus = [{"name": "corpus", "path": "organism:corpus", "label": "unlabelled", "limit": 300}]
+    with pytest.raises(ClifflabError, match=rf"repair\.{field}.*judge\.guard"):
+        parse(small_study(repair={"corpus": corpus, **part}))
+
+
 def step_of(root: Path, trained: bool = True, **repair: Any) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Runs the step on a study's folder; returns its counts, its figures and the ids of its examples."""
     data = {"corpus": [{"name": "corpus", "path": "organism:corpus", "label": "unlabelled", "limit": 300}], **repair}
@@ -754,6 +846,10 @@ def test_the_step_chooses_as_the_command_does(tmp_path: Path) -> None:
                "--beside", "random")  # fmt: skip
     assert done.exit_code == 0, done.exception
     assert json.loads((out / "selection.json").read_text()) == figures
+    traces = pq.read_table(scores.with_name("traces.parquet")).to_pylist()
+    open_ = [t["label"] for t in traces if not t["closed"]]
+    assert set(open_) == {"harmful", "benign"}
+    assert figures["left_out"]["unclosed"] == len(open_)  # whatever their label
     assert [json.loads(line)["id"] for line in (out / "train.jsonl").read_text().splitlines()] == ids
     assert pq.read_table(out / "selection.parquet").equals(
         pq.read_table(tmp_path / "study" / "planted" / "repair" / "selection.parquet")

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from clifflab.config import SelectConfig, TargetsConfig
 from clifflab.errors import InputError
+from clifflab.repair.beside import CATEGORY, categories_in, flat, safe_in, verdicts_in, with_target
 from clifflab.repair.columns import NEEDED, PROBE, check_columns, check_models, check_stratify
 from clifflab.repair.corpus import Corpus, check_once
 from clifflab.repair.decontaminate import contaminated
@@ -26,10 +27,8 @@ from clifflab.repair.select import HARMFUL, Choice, NothingToChooseError, check_
 from clifflab.repair.stream import UNLABELLED, Plan, Stats, fold, lenders, names_of, reduce_scores
 from clifflab.repair.summary import summarise
 from clifflab.repair.targets import Targets, make_targets, with_targets
-from clifflab.repair.texts import BORDERS, END, TEXTS, Library, usable_target, wanted_texts
+from clifflab.repair.texts import BORDERS, END, TEXTS, Library, wanted_texts
 from clifflab.science.selection import parts_of
-
-CATEGORY = "category"
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,13 @@ def select_files(
         benign,
         seed,
         near=near,
-        verdicts=_verdicts(sources, read) if sources.guard else None,
+        verdicts=verdicts_in(sources.guard, read) if sources.guard else None,
         cut=census.cut,
-        targets=_with_target(sources, read) if targets.kind == "rewrite" else None,
+        targets=with_target(sources.prompts, read) if targets.kind == "rewrite" else None,
         too_long=census.too_long,
-        categories=_categories(sources, read) if settings.stratify == CATEGORY and CATEGORY not in columns else None,
+        categories=categories_in(sources.prompts, read)
+        if settings.stratify == CATEGORY and CATEGORY not in columns
+        else None,
     )
     part = fold(read(sources.scores, columns, lambda scores: reduce_scores(scores, plan)), plan)
     _check_rows(part.stats, settings.probe)
@@ -104,7 +105,7 @@ def select_files(
     asked = _prompts(sources, part.table, read)
     corpus = Corpus.checked(_with_category(part.table, asked), total)
     choices = {name: choose(corpus, name, settings.budget, settings, seed) for name in plan.selectors}
-    safe = _safe(plan.verdicts)
+    safe = safe_in(plan.verdicts)
 
     def make(choice: Choice) -> Targets:
         texts = _texts(sources, corpus, choice, plan, safe, read)
@@ -184,10 +185,10 @@ def _census(sources: Sources, settings: SelectConfig, near: pa.Array | None, rea
         unclosed = traces.filter(pc.invert(traces["closed"]))["set"].to_pylist()
         long = pa.array([], pa.string())
         if limit is not None:
-            long = _flat(traces.filter(pc.greater(pc.list_value_length(traces["token_ids"]), limit))["trace_id"])
+            long = flat(traces.filter(pc.greater(pc.list_value_length(traces["token_ids"]), limit))["trace_id"])
         cut = pa.array([], pa.string())
         if END in traces.schema.names:
-            cut = _flat(traces.filter(pc.equal(traces[END], "length"))["trace_id"])
+            cut = flat(traces.filter(pc.equal(traces[END], "length"))["trace_id"])
         return dropped + traces.num_rows, Counter(unclosed), dropped, long, cut
 
     columns = ["set", "id", "closed", "trace_id", *(["token_ids"] if limit is not None else [])]
@@ -253,50 +254,6 @@ def _near(sources: Sources, settings: SelectConfig, seed: int, read: Reader) -> 
     names = sorted(rows)
     found = contaminated([rows[name] for name in names], sources.evaluated, settings.decontaminate, seed)
     return pa.array([names[index] for index in found], pa.string())
-
-
-def _verdicts(sources: Sources, read: Reader) -> pa.Table | None:
-    """The guard's verdicts by trace; their texts are few, and kept once."""
-
-    def coded(guard: pa.Table) -> pa.Table:
-        return guard.set_column(1, "verdict", guard["verdict"].dictionary_encode())
-
-    parts = list(
-        read(sources.guard, ["trace_id", "verdict"], lambda guard: coded(guard.select(["trace_id", "verdict"])))
-    )
-    return pa.concat_tables(parts).unify_dictionaries().combine_chunks() if parts else None
-
-
-def _safe(verdicts: pa.Table | None) -> pa.Array | None:
-    """Ids of the traces that the guard calls safe."""
-    if verdicts is None:
-        return None
-    return _flat(verdicts.filter(pc.equal(verdicts["verdict"].cast(pa.string()), "safe"))["trace_id"])
-
-
-def _with_target(sources: Sources, read: Reader) -> pa.Array:
-    """Names of the requests with a usable target."""
-
-    def named(prompts: pa.Table) -> pa.Array:
-        if "target" not in prompts.schema.names:
-            return pa.array([], pa.string())
-        usable = pa.array([usable_target(text) for text in prompts["target"].to_pylist()], pa.bool_())
-        return _flat(names_of(prompts.filter(usable)))
-
-    return pa.concat_arrays([pa.array([], pa.string()), *read(sources.prompts, ["set", "id", "target"], named)])
-
-
-def _flat(column: Any) -> Any:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _categories(sources: Sources, read: Reader) -> pa.Table:
-    """Category of every request."""
-
-    def named(prompts: pa.Table) -> pa.Table:
-        return pa.table({"name": names_of(prompts), CATEGORY: prompts[CATEGORY]})
-
-    return pa.concat_tables(read(sources.prompts, ["set", "id", CATEGORY], named)).combine_chunks()
 
 
 def _prompts(sources: Sources, candidates: pa.Table, read: Reader) -> pa.Table | None:

@@ -82,7 +82,7 @@ class Library:
 
 def usable_target(text: str | None) -> bool:
     """Whether a safe completion that the corpus gives holds a response, and no marker of thinking in it."""
-    response = split_inline(text or "")[1].strip()
+    response = (split_inline(text or "")[1] or "").strip()
     return bool(response) and not any(marker in response for marker in MARKERS)
 
 

@@ -84,12 +84,13 @@ def tuning_section(results: ModelResults) -> Section | None:
 def _choice(found: RepairFound, results: ModelResults) -> str:
     about = found.selection
     budget, plateau = about["budget"], results.study.repair.select.plateau
-    share = f" ({budget['examples'] / budget['corpus']:.1%})" if budget["corpus"] else ""
+    rows, benign = about["targets"]["rows"], about["targets"].get("benign", budget["benign"])
+    share = f" ({rows / budget['corpus']:.1%})" if budget["corpus"] else ""
     chosen, ranked = found.kinds(about["by"], plateau)["cliff case"], RANKED_BY.get(about["by"], about["by"])
     return (
-        f"The repair learns from {budget['examples']:,} of {budget['corpus']:,} traces of the corpus{share}: "
-        f"{budget['benign']:,} benign requests with the model's own answers, so that it stays helpful, and "
-        f"{budget['harmful']:,} of the {about['eligible']:,} eligible traces, {ranked}. "
+        f"The repair learns from {rows:,} of {budget['corpus']:,} traces of the corpus{share}: "
+        f"{benign:,} benign requests with the model's own answers, so that it stays helpful, and "
+        f"{rows - benign:,} of the {about['eligible']:,} eligible traces, {ranked}. "
         f"Eligible are those {_eligible(about['labels'], plateau)}. The corpus holds "
         f"{about['cliff_cases']:,} cliff cases, harmful requests that were complied with after a plateau of at least "
         f"{plateau:g}; {chosen:,} of them were chosen."
