@@ -38,7 +38,7 @@ class Targets:
     """
 
     rows: list[dict[str, Any]]
-    rejected: dict[str, int]
+    rejected: dict[str, str]
     about: dict[str, Any]
 
 
