@@ -66,7 +66,8 @@ _STEM = 4  # letters by which forms of one word are known
 _GENERAL = _COMMON | frozenset(
     normal_words(
         """
-        able abuse abusive advice answering high included keeping puts against alternative apologies
+        able deadly extremely fatal highly strictly today abuse abusive advice answering high included
+        keeping puts against alternative apologies
         apologise apologize aware believe break breaks breaking call
         care cause causes caring choose comfortable committed comply condone consequences consider contact content
         continue contribute could create crime criminal crisis cruel danger dangerous decline declining deserve
@@ -87,7 +88,9 @@ _GENERAL = _COMMON | frozenset(
 )
 _SENTENCE = re.compile(r"[^.!?\n]*(?:[.!?]+(?=\s|$|[\"'\u2019)])[\"'\u2019)]*|\n+|[.!?]|$)")
 _CONTRAST = re.compile(
-    r"[;:\u2013\u2014]|\s-+\s|\b(?:but|however|although|though|yet|still|unless|except|nevertheless|that said)\b", re.I
+    r"[;:\u2013\u2014]|\s-+\s|\b(?:but|however|although|though|yet|still|unless|except|nevertheless|that said|"
+    r"so|then|instead|rather)\b",
+    re.I,
 )
 _HELPS = re.compile(
     r"\bhere(?:['\u2019]s| is| are| goes)\b|\b(?:sure|certainly|absolutely|of course)\s*[,!:]|\bsteps?\b|\d", re.I
@@ -148,8 +151,9 @@ def _harmless(sentence: str, asked: frozenset[str]) -> bool:
     """Whether a sentence refuses, apologises, offers something else or speaks of safety, in general words."""
     if _HELPS.search(sentence):
         return False
-    for clause in _CONTRAST.split(sentence):
-        strange = frozenset(word[:_STEM] for word in normal_words(clause).split() if word not in _GENERAL)
+    for clause in (part for piece in _CONTRAST.split(sentence) for part in piece.split(",")):
+        words = normal_words(clause).split() if re.search(r"\w", clause) else []
+        strange = frozenset(word[:_STEM] for word in words if word not in _GENERAL)
         if strange and not (strange <= asked and _refuses(clause)):
             return False
     return _refuses(sentence) or bool(_BESIDE.search(sentence))
