@@ -77,7 +77,7 @@ class Stats:
         outcomes: Traces by set and outcome.
         left: Traces that are not eligible, by reason.
         eligible: Traces that are.
-        labels: Traces by label.
+        labels: Closed traces by label; a score table holds no others.
         cut: Responses that are not used since they break off, by their use.
         judged: Traces with a guard's verdict.
         cliff_cases: Traces whose harm was recognised and answered all the same.
@@ -104,12 +104,13 @@ class Stats:
         """Of the rows at hand."""
         why_not = corpus.why_not(plan.rules)
         rows = np.flatnonzero(why_not == 0)
+        labels = corpus.strings("label")[corpus.strings("outcome") != "unclosed"]
         final = -buckets(corpus.floats("final")[rows])
         return cls(
             outcomes=Counter(zip(corpus.strings("set").tolist(), corpus.strings("outcome").tolist(), strict=True)),
             left=Counter(left_out(why_not)),
             eligible=len(rows),
-            labels=Counter(np.where(corpus.strings("label") == UNLABELLED, "", corpus.strings("label")).tolist()),
+            labels=Counter(np.where(labels == UNLABELLED, "", labels).tolist()),
             cut=Counter(corpus.cut_off(plan.rules)),
             judged=int((corpus.strings("verdict") != "").sum()),
             cliff_cases=int(corpus.cliff_cases(plan.rules).sum()),
