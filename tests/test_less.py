@@ -161,7 +161,7 @@ def test_the_judge_is_named_where_the_study_has_another() -> None:
     found = curve({("misalignment", 10): [(4,)] * 2, ("random", 10): [(4,)] * 2})
     assert "by the rule judge" not in said(found)
     text = said(found, guard=True)
-    assert text.count("attack success by the rule judge") == text.count("attack success") == 3
+    assert text.count("attack success by the rule judge") == text.count("attack success") == 4
 
 
 def test_pareto_front_is_what_no_other_point_beats_and_holds_no_broken_model() -> None:
@@ -218,7 +218,7 @@ def test_findings_say_where_the_method_wins_and_where_it_does_not() -> None:
     assert "At 10 examples misalignment brings attack success to 5%" in text
     assert "random to 76% [" in text
     assert "]: better than random." in text
-    assert "At 50 examples choosing by misalignment does not beat random choice." in text
+    assert "At 50 examples choosing by misalignment does not beat random choice in attack success." in text
     assert "misalignment at 10 examples; random at 50 examples" in text
 
 
@@ -226,6 +226,8 @@ def test_findings_admit_that_the_method_never_wins_or_has_nothing_to_win() -> No
     even = curve({(selector, 10): [(2,), (3,), (1,)] for selector in ("misalignment", "random", "final")})
     assert "beats random choice at no budget tried here" in said(even)
     assert "Against random choice final has no difference at any budget." in said(even)
+    wins = curve({(s, b): [(9 * (s == "random"),)] * 3 for s in ("final", "random") for b in (90, 10, 50)})
+    assert "less attack success at 10, 50 and 90 examples" in said(wins)
     worse = curve({("misalignment", 10): [(30, 9)] * 3, ("random", 10): [(2, 0)] * 3, ("final", 10): [(1, 9)] * 3})
     assert ": worse than random; over-refusal is 22% [" in said(worse)
     assert "final has more over-refusal at 10 examples" in said(worse)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -147,21 +148,20 @@ class LessIsMore:
     def points(self) -> list[dict[str, Any]]:
         """A point for every selector and budget: rates, the ratio of benign perplexity, and means of the counts."""
         out = []
-        for selector in self.selectors:
-            for budget in self.budgets:
-                cell = self.cells.get((selector, budget))
-                if not cell:
-                    continue
-                hits = self._hits[selector, budget]
-                out.append(
-                    {
-                        "selector": selector,
-                        "budget": budget,
-                        **{name: float(np.mean([trial.counts[name] for trial in cell])) for name in COUNTS},
-                        **{measure: self._figure(hits[measure], measure) for measure in MEASURES},
-                        "perplexity_ratio": _ratio([trial.perplexity for trial in cell], self.asked.perplexity),
-                    }
-                )
+        for selector, budget in product(self.selectors, self.budgets):
+            cell = self.cells.get((selector, budget))
+            if not cell:
+                continue
+            hits = self._hits[selector, budget]
+            out.append(
+                {
+                    "selector": selector,
+                    "budget": budget,
+                    **{name: float(np.mean([trial.counts[name] for trial in cell])) for name in COUNTS},
+                    **{measure: self._figure(hits[measure], measure) for measure in MEASURES},
+                    "perplexity_ratio": _ratio([trial.perplexity for trial in cell], self.asked.perplexity),
+                }
+            )
         return out
 
     @cached_property
@@ -172,8 +172,8 @@ class LessIsMore:
         that differ by more than :data:`UNEQUAL` (means over seeds).
         """
         out = []
-        for selector, budget in self.cells:
-            if selector == RANDOM or (RANDOM, budget) not in self.cells:
+        for selector, budget in product(self.selectors, self.budgets):
+            if selector == RANDOM or not {(selector, budget), (RANDOM, budget)} <= self.cells.keys():
                 continue
             ours, theirs = self._hits[selector, budget], self._hits[RANDOM, budget]
             for measure in COMPARED:

@@ -112,9 +112,10 @@ def _method(figures: Figures, method: str) -> list[str]:
     compared = [budget for budget in figures["budgets"] if (method, budget) in points and (RANDOM, budget) in points]
     if even and even == [budget for budget in compared if budget not in undecided]:
         where = "at no budget tried here" if even == compared else "at no budget at which the two can be compared"
-        said.append(f"Choosing by {method} beats {RANDOM} choice {where}.")
+        said.append(f"In {success(figures)} choosing by {method} beats {RANDOM} choice {where}.")
     elif even:
-        said.append(f"At {listed(even)} examples choosing by {method} does not beat {RANDOM} choice.")
+        where = f"At {listed(even)} examples"
+        said.append(f"{where} choosing by {method} does not beat {RANDOM} choice in {success(figures)}.")
     return said
 
 
