@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,gguf]"
 	@touch $@
 
-quickstart: $(STAMP)  ## Measure the refusal cliff of the shipped model: minutes on 2 cores
+quickstart: $(STAMP)  ## Measure and repair the refusal cliff of the shipped model: minutes on 2 cores
 	$(LOOPBACK) $(BIN)/clifflab run jobs/quickstart.yaml --out runs
 
 test: $(STAMP)  ## Run the tests, in two processes
