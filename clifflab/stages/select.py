@@ -53,7 +53,7 @@ class SelectStep(Step):
 
     def compute(self, context: Context, unit: Unit) -> dict[str, Any]:
         """Never called: there are no units."""
-        raise NotImplementedError
+        raise AssertionError("the step has no units")
 
     def merge(self, context: Context, model: str | None) -> dict[str, Any]:
         """Choose, and write the targets.
