@@ -145,6 +145,39 @@ CLIFFS = pa.schema(
     ]
 )
 
+# Traces of a corpus on their way to the model: from the tasks of `clifflab score` that read to those that score.
+READY = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.string()),
+        ("prompt", pa.string()),
+        ("thinking", pa.string()),
+        ("response", pa.string()),
+        ("outcome", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("prefix_end", pa.int32()),
+        ("thinking_start", pa.int32()),
+        ("closing_start", pa.int32()),
+        ("response_start", pa.int32()),
+        ("cut_tokens", pa.int32()),
+    ]
+)
+
+SCORED = pa.schema([*CLIFFS, ("cut_tokens", pa.int32()), ("probe", pa.string())])
+
+SCORE_REJECTS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
 CURVES = pa.schema(
     [
         ("model", pa.string()),

@@ -29,6 +29,7 @@ from clifflab.config.repair import RepairConfig as RepairConfig
 from clifflab.config.repair import SelectConfig as SelectConfig
 from clifflab.config.repair import TargetsConfig as TargetsConfig
 from clifflab.config.repair import TuneConfig as TuneConfig
+from clifflab.config.score import ScoreConfig as ScoreConfig
 
 
 class ReportConfig(Section):
@@ -82,6 +83,7 @@ class Study(Section):
     heads: HeadsConfig = HeadsConfig()
     ablation: AblationConfig = AblationConfig()
     repair: RepairConfig = RepairConfig()
+    score: ScoreConfig = ScoreConfig()
     report: ReportConfig = ReportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 

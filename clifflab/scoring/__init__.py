@@ -1,0 +1,1 @@
+"""Scoring corpora of any size: rows in, cliffs out, each exactly once."""
