@@ -104,12 +104,14 @@ class Prepared:
 
     Attributes:
         block: The block.
+        source: Name of its source.
         table: ``tables.READY``: a row for each trace, in the order of the input.
         rejects: The other rows.
         read: How many rows were read: ``len(table) + len(rejects)``.
     """
 
     block: Block
+    source: str
     table: Any
     rejects: list[Reject] = field(default_factory=list)
     read: int = 0
