@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -89,3 +90,39 @@ class Terminal:
     def note(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, soft_wrap=True, markup=False)
+
+
+class Counted(Protocol):
+    """What a scoring job tells while it works."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        ...
+
+    def begin(self, total: int, done: Sequence[dict[str, Any]]) -> None:
+        """Of ``total`` rows those of these receipts are done."""
+        ...
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """A block is done."""
+        ...
+
+    def end(self) -> None:
+        """The run ends here, whatever the reason."""
+        ...
+
+
+class SilentCount:
+    """Tells nothing: for use from Python."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, total: int, done: Sequence[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""

@@ -74,7 +74,9 @@ def commit(
         "files": files,
     }
     if receipt["read"] != receipt["scored"] + len(rejects):
-        raise CountsError(f"block {block.number}: {receipt['read']} rows read, {receipt['scored']} + {len(rejects)} out")
+        raise CountsError(
+            f"block {block.number}: {receipt['read']} rows read, {receipt['scored']} + {len(rejects)} out"
+        )
     write_json(folder.receipt(block.number), receipt)
     return receipt
 

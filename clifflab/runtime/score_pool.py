@@ -1,0 +1,196 @@
+"""Blocks over Ray Data: tasks read and prepare them, a pool of actors scores, writes and commits them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clifflab.config import RuntimeConfig
+from clifflab.errors import ClifflabError, WorkerError, shorten
+from clifflab.scoring.commit import Receipt
+from clifflab.scoring.job import Job
+from clifflab.scoring.layout import SourceIndex
+from clifflab.scoring.task import Corpus, UnitPreparer
+from clifflab.scoring.types import Block, Source
+from clifflab.scoring.wire import failed, failed_receipt, pack, receipt_of, receipt_row, unpack
+from clifflab.scoring.worker import BlockScorer
+
+# On a CPU an actor asks for less than its core, so that the tasks that feed it find a place beside it.
+_ACTOR_CPUS, _TASK_CPUS = 0.75, 0.25
+_INIT_DEATHS = 20
+
+
+class InlinePool:
+    """Everything in this process, block after block.
+
+    Args:
+        settings: Threads.
+    """
+
+    def __init__(self, settings: RuntimeConfig) -> None:
+        self._settings = settings
+
+    def index(self, one: Callable[[Source], SourceIndex], sources: Sequence[Source]) -> list[SourceIndex]:
+        """Index every source, in order."""
+        return [one(source) for source in sources]
+
+    def run(
+        self, job: Job, root: Path, fingerprint: str, corpus: Corpus, units: Sequence[list[Block]]
+    ) -> Iterator[Receipt]:
+        """Receipts in the order of the input."""
+        scorer, prepare = BlockScorer(job, root, fingerprint, self._settings.threads), UnitPreparer(corpus)
+        for unit in units:
+            for prepared in prepare(unit):
+                yield scorer(prepared)
+
+
+class RayPool:
+    """A Ray Dataset whose rows are blocks.
+
+    Args:
+        settings: How Ray is started, how many actors there are at most.
+        least: Fewest actors; as many as there are at most by default.
+    """
+
+    def __init__(self, settings: RuntimeConfig, least: int | None = None) -> None:
+        self._settings, self._least = settings, least
+        self._started = False
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+    def start(self) -> RayPool:
+        """Start Ray, unless it runs."""
+        from clifflab.runtime.local import start_ray
+
+        self._started |= start_ray(self._settings)
+        return self
+
+    def index(self, one: Callable[[Source], SourceIndex], sources: Sequence[Source]) -> list[SourceIndex]:
+        """Index every source, in order; large inputs of many files by several tasks at once."""
+        import ray
+
+        task: Any = ray.remote(num_cpus=1)(_Indexed(one).__call__) if len(sources) > 1 else None
+        if task is None:
+            return [one(source) for source in sources]
+        found: list[Any] = ray.get([task.remote(source) for source in sources])
+        for index in found:
+            if isinstance(index, ClifflabError):
+                raise index
+        return found
+
+    def run(
+        self, job: Job, root: Path, fingerprint: str, corpus: Corpus, units: Sequence[list[Block]]
+    ) -> Iterator[Receipt]:
+        """Receipts as they come.
+
+        Raises:
+            ClifflabError: What a task or an actor met.
+        """
+        import ray
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = int(resources.get("GPU", 0))
+        places = gpus or max(1, int(resources.get("CPU", 1)))
+        most = places if self._settings.workers == "auto" else min(self._settings.workers, places)
+        most = max(1, min(most, sum(len(unit) for unit in units)))
+        least = min(self._least or most, most)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1  # a row of the dataset is a block of the corpus, and travels alone
+        context.max_consecutive_actor_init_deaths = _INIT_DEATHS
+        context.execution_options.preserve_order = False
+        rows: Any = ray.data.from_items([{"unit": n} for n in range(len(units))], override_num_blocks=len(units))
+        rows = rows.map_batches(
+            _Prepare(corpus, ray.put(list(units))), batch_size=1, num_cpus=_TASK_CPUS if not gpus else 1
+        )
+        rows = rows.map_batches(
+            _Score,
+            fn_constructor_args=(job, str(root), fingerprint, self._settings.threads if not gpus else 0),
+            batch_size=1,
+            num_cpus=_ACTOR_CPUS if not gpus else 0.5,
+            num_gpus=1 if gpus else 0,
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        )
+        try:
+            for row in rows.iter_rows():
+                yield receipt_of(row)
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise WorkerError(f"score: the pipeline failed ({shorten(lines[-1])}); run again: it continues") from error
+        finally:
+            # A dataset that failed keeps its actors until it is collected.
+            del rows
+            gc.collect()
+
+
+class _Indexed:
+    """Indexing in a task: a user's mistake comes back as a value, since Ray would print all of its stack."""
+
+    def __init__(self, one: Callable[[Source], SourceIndex]) -> None:
+        self._one = one
+
+    def __call__(self, source: Source) -> SourceIndex | ClifflabError:
+        try:
+            return self._one(source)
+        except ClifflabError as error:
+            return error
+
+
+class _Prepare:
+    """Reads units and prepares their blocks, one row a block."""
+
+    def __init__(self, corpus: Corpus, units: Any) -> None:
+        self._corpus, self._units = corpus, units
+
+    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        import ray
+
+        units = ray.get(self._units)
+        prepare = UnitPreparer(self._corpus)
+        for number in rows["unit"].tolist():
+            try:
+                for prepared in prepare(units[number]):
+                    yield {name: [value] for name, value in pack(prepared).items()}
+            except ClifflabError as error:
+                yield {name: [value] for name, value in failed(error).items()}
+
+
+class _Score:
+    """The actor: its model stays loaded from block to block."""
+
+    def __init__(self, job: Job, root: str, fingerprint: str, threads: int) -> None:
+        self._node, self._error = _node(), ""
+        try:
+            self._scorer = BlockScorer(job, Path(root), fingerprint, threads)
+        except ClifflabError as error:
+            self._error = failed_receipt(error)["error"]
+
+    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        for number in range(len(rows["error"])):
+            row = {name: column[number] for name, column in rows.items()}
+            try:
+                if self._error:
+                    found = {"receipt": "", "error": self._error}
+                else:
+                    found = receipt_row({**self._scorer(unpack(row)), "node": self._node})
+            except ClifflabError as error:
+                found = failed_receipt(error)
+            yield {name: [value] for name, value in found.items()}
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
