@@ -137,7 +137,8 @@ def command(
     for name, value in {"--model": model or study, "--probes": probes, "--input": pattern, "--output": output}.items():
         if not value:
             raise ConfigError(name, "(absent)", "is required", "see clifflab score --help")
-    assert pattern and output
+    assert pattern is not None
+    assert output is not None
     loaded = _study(study)
     job = _job(loaded, model, probes, pattern, given)
     settings = _runtime(loaded, runtime, given)

@@ -1,4 +1,4 @@
-"""Progress of a scoring job: rows, rows/s, tokens/s, time left, rejects; a live line on a terminal, else one in a while."""
+"""Progress of a scoring job: rows, speeds, time left, rejects; a live line on a terminal, else one in a while."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ class BlockScorer:
         begun = len(list(place.glob(f"{block:08d}-*")))
         if begun >= MAX_ATTEMPTS:
             raise WorkerError(
-                f"score: block {block} was begun {begun} times and never finished: its workers died; look for a lack of "
-                f"memory, lower --token-budget, and run again: it continues"
+                f"score: block {block} was begun {begun} times and never finished: its workers died; look for a lack "
+                "of memory, lower --token-budget, and run again: it continues"
             )
         (place / f"{block:08d}-{uuid.uuid4().hex[:12]}").touch()
 
