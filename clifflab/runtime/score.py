@@ -102,7 +102,7 @@ def _layout(
     job: Job, folder: Folder, sources: Sequence[Source], pool: Pool, progress: Counted
 ) -> tuple[list[Block], Path]:
     """The blocks and the rows whose id came before, found once and kept."""
-    kept, duplicates = folder.root / BLOCKS, folder.work(DUPLICATES)
+    kept, duplicates = folder.root / BLOCKS, folder.root / DUPLICATES
     if kept.is_file() and duplicates.is_file():
         return [Block(**row) for row in read_parquet(kept).to_pylist()], duplicates
     progress.note(f"reading the ids of {len(sources)} file{'s' if len(sources) > 1 else ''}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 from clifflab import tables
 from clifflab.artifacts import file_hash, package_versions, read_json, remove, write_json, write_parquet
 from clifflab.errors import ClifflabError
-from clifflab.scoring.job import ATTEMPTS, DUPLICATES, INDEX, MANIFEST, PARTS, RECEIPTS, REJECTS, SCORES, TRACES, Folder
+from clifflab.scoring.job import ATTEMPTS, INDEX, MANIFEST, PARTS, RECEIPTS, REJECTS, SCORES, TRACES, Folder
 from clifflab.scoring.types import Block, Reject
 
 Receipt = dict[str, Any]
@@ -127,7 +127,7 @@ def finish(folder: Folder, fingerprint: str, blocks: Sequence[Block], identity: 
 def clear_work(folder: Folder) -> None:
     """Remove what only an unfinished job needs."""
     remove(folder.root / RECEIPTS)
-    for name in (INDEX, ATTEMPTS, DUPLICATES):
+    for name in (INDEX, ATTEMPTS):
         remove(folder.work(name))
 
 

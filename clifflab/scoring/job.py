@@ -12,12 +12,13 @@ from clifflab.config.base import Section
 from clifflab.errors import OutputError
 from clifflab.scoring.types import Source
 
-_CODE = ("data", "models", "science", "scoring", "text", "tables.py")
+CODE = ("data", "models", "science", "scoring", "text", "tables.py")
 JOB, MANIFEST, BLOCKS, PARTS, EVENTS = "job.json", "manifest.json", "blocks.parquet", "parts.parquet", "events.jsonl"
 SCORES, REJECTS, TRACES, RECEIPTS, WORK = "scores", "rejects", "traces", "receipts", ".work"
-# In the folder .work: of sources, how often each block was begun, rows whose id came before, hashes of checkpoints.
-INDEX, ATTEMPTS, DUPLICATES, HASHES = "index", "attempts", "duplicates.npy", "hashes.json"
-_OURS = (MANIFEST, PARTS, SCORES, REJECTS, TRACES, RECEIPTS, WORK, BLOCKS, EVENTS, JOB)
+DUPLICATES = "duplicates.npy"  # rows whose id came before
+# In the folder .work: of sources, how often each block was begun, hashes of checkpoints.
+INDEX, ATTEMPTS, HASHES = "index", "attempts", "hashes.json"
+_OURS = (MANIFEST, PARTS, SCORES, REJECTS, TRACES, RECEIPTS, WORK, BLOCKS, DUPLICATES, EVENTS, JOB)
 # What a part of the identity is called in the refusal of a folder.
 _WORDS = {
     "model": "another model",
@@ -83,7 +84,7 @@ class Job(Section):
             "max_rows": self.max_rows,
             "sample": self.sample,
             "seed": self.seed,
-            "code": code_hash(_CODE),
+            "code": code_hash(CODE),
         }
 
 

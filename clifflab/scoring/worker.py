@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from clifflab import tables
 from clifflab.errors import WorkerError
 from clifflab.models.loading import LoadedModel, load
 from clifflab.scoring.commit import Receipt, commit, committed
@@ -110,8 +109,3 @@ def _problems(ready: pa.Table, problems: Any, prepared: Prepared) -> list[Reject
         for row, name, problem in zip(rows, names, problems, strict=True)
         if problem
     ]
-
-
-def empty_scores() -> pa.Table:
-    """A score table without rows."""
-    return tables.SCORED.empty_table()
