@@ -66,7 +66,7 @@ def source_hash(path: str) -> str:
     digest = hashlib.sha256()
     file = Path(path)
     if path.startswith(("hf:", "organism:")):
-        digest.update(f"{path}@{_hub_commit(path) if path.startswith('hf:') else ''}".encode())
+        digest.update(f"{path}@{hub_commit(path) if path.startswith('hf:') else ''}".encode())
         return digest.hexdigest()
     for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
         if part.is_file():
@@ -162,7 +162,7 @@ def _hub_rows(field: str, path: str) -> Iterator[Row]:
         ) from None
 
 
-def _hub_commit(path: str) -> str:
+def hub_commit(path: str) -> str:
     """Commit of a hub dataset; the name alone stands for it where the hub cannot be reached (a cached copy is read)."""
     from huggingface_hub import HfApi
 

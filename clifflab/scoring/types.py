@@ -8,7 +8,7 @@ twice gives the same bytes twice.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # Reasons for a reject beside those of clifflab.data.prompts (undecodable, null, not_text, empty, not_messages, ...).
 WRONG_TYPE, DUPLICATE_ID, TOO_LONG, CLOSING_MISSING, NOT_FINITE = (
@@ -25,12 +25,13 @@ class Source:
     """One file of the input.
 
     Attributes:
-        path: As its filesystem knows it, or ``hf:NAME[:SPLIT]``.
+        path: Absolute where it is local, with its scheme where it is not, or ``hf:NAME[:SPLIT]``.
         name: Short name that ids and messages use: the path below the input's fixed part.
         kind: ``parquet``, ``jsonl``, ``csv``, ``saved`` (a folder of a Hugging Face dataset) or ``hub``.
         compression: ``""``, ``gz`` or ``zst``.
         size: Bytes.
-        changed: When it was changed, as its filesystem says (text; empty where it does not).
+        changed: When it was changed, as its filesystem says (text; empty where it does not); of a dataset its
+            fingerprint or commit.
     """
 
     path: str
@@ -69,9 +70,8 @@ class Block:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read.
+class RawRow(NamedTuple):
+    """A row as it was read; a tuple, because a million of them are made.
 
     Attributes:
         row: Its number within the source.

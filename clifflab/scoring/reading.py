@@ -1,0 +1,336 @@
+"""Rows of a source: what stands there, broken or not.
+
+A broken line is a row with a reason and not the end of the run; a file that is broken as a whole is an error. Lines of
+white space are no rows, as in :mod:`clifflab.data.files`. A row longer than :data:`LONGEST` is not held in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clifflab.errors import InputError
+from clifflab.scoring.filesystems import FIELD, locate, reading, scheme_of
+from clifflab.scoring.sources import check_unchanged, open_source
+from clifflab.scoring.types import WRONG_TYPE, Block, RawRow, Source
+
+LONGEST = 64 << 20  # bytes of a row
+_BATCH = 2048  # rows that are turned into records together
+_BOM = b"\xef\xbb\xbf"
+Made = tuple[dict[str, Any] | None, str, str]  # record, reason, detail
+
+
+def read_unit(
+    source: Source, blocks: Sequence[Block], columns: Sequence[str] | None = None
+) -> Iterator[tuple[Block, list[RawRow]]]:
+    """Read blocks of a source in one go.
+
+    Args:
+        source: Where they lie.
+        blocks: Some of its blocks, in their order; what lies between them is passed over.
+        columns: Which columns matter (of Parquet files and datasets, where the others need not be read); default all.
+
+    Yields:
+        Each block with its rows: as many as it says, numbered within the source.
+
+    Raises:
+        InputError: The source is damaged as a whole, or has changed since it was indexed.
+    """
+    check_unchanged(source)
+    with reading(source.path):
+        if source.kind == "parquet":
+            yield from _read_parquet(source, blocks, columns)
+        elif source.kind in ("saved", "hub"):
+            yield from _read_dataset(source, blocks, columns)
+        else:
+            yield from _read_text(source, blocks)
+
+
+# ---- text: one record a line, or a few lines
+
+
+class Item(NamedTuple):
+    """A record of a text file before it is parsed: where it begins, and its line or fields (``None``: too long)."""
+
+    position: int
+    raw: Any
+
+
+class TextReader:
+    """Records of a JSONL or CSV file from any record's first byte on.
+
+    Args:
+        source: The file.
+        offset: Where to begin.
+    """
+
+    def __init__(self, source: Source, offset: int = 0) -> None:
+        self._source = source
+        self._handle = open_source(source)
+        self._header: list[str] = []
+        self._items = self._from(0)
+        if offset:
+            self.seek(offset)
+
+    def seek(self, offset: int) -> None:
+        """Go to a record of a file that is not compressed."""
+        self._handle.seek(offset)
+        self._items = self._from(offset)
+
+    def _from(self, position: int) -> Iterator[Item]:
+        if self._source.kind == "jsonl":
+            return _lines(self._handle, position)
+        items = _csv_items(self._handle, position)
+        if not position:
+            header = next(items, None)
+            self._header = list(header.raw or ()) if header else []
+        return items
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+    def items(self) -> Iterator[Item]:
+        """Records from here on, unparsed."""
+        return self._items
+
+    def made(self, raw: Any) -> Made:
+        """Parse a record."""
+        return parse_line(raw) if self._source.kind == "jsonl" else _csv_record(self._header, raw)
+
+
+def _read_text(source: Source, blocks: Sequence[Block]) -> Iterator[tuple[Block, list[RawRow]]]:
+    text = TextReader(source, blocks[0].offset)
+    try:
+        row = blocks[0].offset_row
+        for block in blocks:
+            if block.offset_row > row:
+                text.seek(block.offset)
+                row = block.offset_row
+            items, made, rows = text.items(), text.made, list[RawRow]()
+            for item in items if block.rows else ():
+                if row >= block.start:
+                    rows.append(RawRow(row, *made(item[1])))
+                row += 1
+                if row == block.stop:
+                    break
+            yield block, _whole(source, block, rows)
+    finally:
+        text.close()
+
+
+def _whole(source: Source, block: Block, rows: list[RawRow]) -> list[RawRow]:
+    if len(rows) != block.rows:
+        raise InputError(FIELD, source.path, "has changed since it was indexed", "leave the input as it is, run again")
+    return rows
+
+
+def _lines(handle: BinaryIO, position: int) -> Iterator[Item]:
+    """Lines that are not blank."""
+    while line := handle.readline(LONGEST):
+        start, position = position, position + len(line)
+        if len(line) == LONGEST and not line.endswith(b"\n"):
+            while rest := handle.readline(LONGEST):
+                position += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield Item(start, None)
+            continue
+        if not start and line.startswith(_BOM):
+            line = line[len(_BOM) :]
+        if line.strip():
+            yield Item(start, line)
+
+
+def parse_line(line: bytes | None) -> Made:
+    """The record of a line of JSON."""
+    if line is None:
+        return None, "undecodable", f"line is longer than {LONGEST >> 20} MiB"
+    try:
+        text = line.decode()
+        record = json.loads(text[1:] if text[0] == "\ufeff" else text)
+    except (ValueError, RecursionError) as error:
+        return None, "undecodable", f"line cannot be decoded ({error.__class__.__name__})"
+    if not isinstance(record, dict):
+        return None, WRONG_TYPE, f"row is no object but {type(record).__name__}"
+    return record, "", ""
+
+
+class _Pieces:
+    """Lines of a CSV file as text, and how many bytes they took; bytes that are no UTF-8 become lone surrogates."""
+
+    def __init__(self, handle: BinaryIO, position: int) -> None:
+        self.position = position
+        self._pieces = self._split(handle)
+
+    def _split(self, handle: BinaryIO) -> Iterator[bytes]:
+        while line := handle.readline(LONGEST):
+            if b"\r" in line:  # some files end lines with it alone
+                yield from line.splitlines(keepends=True)
+            else:
+                yield line
+
+    def __iter__(self) -> _Pieces:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        first = not self.position
+        self.position += len(piece)
+        if first and piece.startswith(_BOM):
+            piece = piece[len(_BOM) :]
+        return piece.decode("utf-8", "surrogateescape")
+
+
+def _csv_items(handle: BinaryIO, position: int) -> Iterator[Item]:
+    csv.field_size_limit(LONGEST)
+    pieces = _Pieces(handle, position)
+    reader = csv.reader(pieces)
+    while True:
+        start = pieces.position
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield Item(start, None)
+            continue
+        if fields:
+            yield Item(start, fields)
+
+
+def _csv_record(header: list[str], fields: list[str] | None) -> Made:
+    if fields is None:
+        return None, "undecodable", f"row is no CSV, or has a field longer than {LONGEST >> 20} MiB"
+    if len(fields) > len(header) and any(field.strip() for field in fields[len(header) :]):
+        return None, "undecodable", f"row has {len(fields)} fields where the header has {len(header)}"
+    record: dict[str, Any] = dict(zip(header, fields, strict=False))
+    for name in header[len(fields) :]:
+        record[name] = None
+    return record, "", ""
+
+
+# ---- Arrow: Parquet files and datasets
+
+
+@contextmanager
+def open_parquet(source: Source) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, read in small steps.
+
+    Raises:
+        InputError: It is no whole Parquet file.
+    """
+    try:
+        filesystem, path = locate(source.path)
+        handle = filesystem.open_input_file(path) if scheme_of(source.path) else path
+        with pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False) as table:
+            yield table
+    except (pa.ArrowInvalid, EOFError) as error:
+        raise InputError(
+            FIELD, source.path, f"is not a whole Parquet file ({error})", "write or copy it again"
+        ) from None
+
+
+def _read_parquet(
+    source: Source, blocks: Sequence[Block], columns: Sequence[str] | None
+) -> Iterator[tuple[Block, list[RawRow]]]:
+    with open_parquet(source) as table:
+        about, names = table.metadata, table.schema_arrow.names
+        wanted = None if columns is None else [name for name in names if name in set(columns)]
+        for offset, run in groupby(blocks, key=lambda block: block.offset):
+            here = list(run)
+            groups, row = [offset], here[0].offset_row
+            while row + sum(about.row_group(group).num_rows for group in groups) < here[-1].stop:
+                groups.append(groups[-1] + 1)
+                if groups[-1] >= about.num_row_groups:
+                    _whole(source, here[-1], [])
+            batches = table.iter_batches(_BATCH, row_groups=groups, columns=wanted, use_threads=False)
+            yield from _cut(source, here, row, batches)
+
+
+def _cut(
+    source: Source, blocks: Sequence[Block], row: int, batches: Iterator[Any]
+) -> Iterator[tuple[Block, list[RawRow]]]:
+    """Batches from row ``row`` on, as blocks."""
+    batch, first = None, row  # the batch at hand and the row that it begins with
+    for block in blocks:
+        rows = list[RawRow]()
+        at = block.start
+        while at < block.stop:
+            while batch is None or first + batch.num_rows <= at:
+                first += batch.num_rows if batch is not None else 0
+                batch = next(batches, None)
+                if batch is None:
+                    _whole(source, block, rows)
+                    return
+            taken = min(block.stop, first + batch.num_rows) - at
+            rows += raw_rows(batch.slice(at - first, taken), at)
+            at += taken
+        yield block, rows
+
+
+def raw_rows(batch: Any, row: int) -> list[RawRow]:
+    """Rows of an Arrow batch or table, the first of which is ``row``; bytes that are no text break one row alone."""
+    names = batch.schema.names
+    try:
+        columns = [column.to_pylist() for column in batch.columns]
+    except (ValueError, OverflowError):
+        return [_row_alone(batch.slice(place, 1), row + place) for place in range(batch.num_rows)]
+    if not names:
+        return [RawRow(row + place, {}) for place in range(batch.num_rows)]
+    return [
+        RawRow(number, dict(zip(names, values, strict=True)))
+        for number, values in enumerate(zip(*columns, strict=True), row)
+    ]
+
+
+def _row_alone(batch: Any, row: int) -> RawRow:
+    try:
+        return RawRow(row, {name: batch.column(place)[0].as_py() for place, name in enumerate(batch.schema.names)})
+    except (ValueError, OverflowError) as error:
+        return RawRow(row, None, "undecodable", f"row cannot be decoded ({error.__class__.__name__})")
+
+
+def _read_dataset(
+    source: Source, blocks: Sequence[Block], columns: Sequence[str] | None
+) -> Iterator[tuple[Block, list[RawRow]]]:
+    data = open_dataset(source)
+    if columns is not None:
+        data = data.select_columns([name for name in data.column_names if name in set(columns)])
+    for block in blocks:
+        rows = raw_rows(data[block.start : block.stop], block.start) if block.rows else []
+        yield block, _whole(source, block, rows)
+
+
+def open_dataset(source: Source) -> Any:
+    """A saved or hub dataset that gives Arrow tables; a hub dataset is fetched once and kept in the local cache.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    return _dataset(source).with_format("arrow")
+
+
+@lru_cache(maxsize=4)
+def _dataset(source: Source) -> Any:
+    import datasets
+
+    if source.kind == "saved":
+        load, remedy = partial(datasets.load_from_disk, source.path), "give a file, or one split saved"
+    else:
+        name, _, split = source.name.partition(":")
+        revision = None if source.changed in ("", "unreachable") else source.changed
+        load = partial(datasets.load_dataset, name, split=split or "train", revision=revision)
+        remedy = "check its name and split, log in if it is gated"
+    try:
+        return load()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(FIELD, source.path, f"cannot be loaded ({error})", remedy) from None

@@ -1,0 +1,360 @@
+"""Reading corpora: which files, which rows, which blocks, whatever stands in them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clifflab.data.files import iter_rows
+from clifflab.errors import InputError
+from clifflab.scoring import ids as identities
+from clifflab.scoring import reading
+from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
+from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
+from clifflab.scoring.reading import read_unit
+from clifflab.scoring.sources import find_sources
+from clifflab.scoring.types import Block, RawRow, Source
+
+ROWS = [{"id": f"r{n}", "prompt": f"ask {n}", "thinking": "hm " * (n % 7), "response": None} for n in range(57)]
+
+
+def jsonl(rows: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(path: Path, rows: Sequence[dict[str, Any]], groups: Sequence[int]) -> None:
+    table, start = pa.Table.from_pylist(list(rows)), 0
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for size in groups:
+            writer.write_table(table.slice(start, size), row_group_size=max(size, 1))
+            start += size
+    assert start == len(rows)
+
+
+def laid_out(pattern: Path | str, **options: Any) -> tuple[list[Source], list[SourceIndex], list[Block]]:
+    sources = find_sources(str(pattern))
+    indexes = [index_source(source, **options) for source in sources]
+    return sources, indexes, plan_blocks(indexes)
+
+
+def read_all(pattern: Path | str, **options: Any) -> list[RawRow]:
+    """Every row through blocks and units; checks that blocks tile the input."""
+    sources, indexes, blocks = laid_out(pattern, **options)
+    assert [block.number for block in blocks] == list(range(len(blocks)))
+    rows, base = list[RawRow](), 0
+    for number, index in enumerate(indexes):
+        own = [block for block in blocks if block.source == number]
+        assert [block.start for block in own] == [0, *(block.stop for block in own)][: len(own)]
+        assert (own[-1].stop if own else 0) == index.rows
+        assert {block.base for block in own} <= {base}
+        base += index.rows
+    units = units_of(sources, blocks)
+    assert [block for unit in units for block in unit] == blocks
+    for unit in units:
+        for block, found in read_unit(sources[unit[0].source], unit):
+            assert [row.row for row in found] == list(range(block.start, block.stop))
+            rows += found
+    return rows
+
+
+def records(rows: Sequence[RawRow]) -> list[Any]:
+    return [row.reason or row.record for row in rows]
+
+
+def put(data: bytes) -> Callable[[Path], None]:
+    return lambda path: (path.write_bytes(data), None)[1]
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "a.jsonl": put(jsonl(ROWS)),
+    "a.jsonl.gz": put(gzip.compress(jsonl(ROWS[:20])) + gzip.compress(jsonl(ROWS[20:]))),
+    "a.ndjson.zst": put(zstd(jsonl(ROWS[:20])) + zstd(jsonl(ROWS[20:]))),
+    "a.parquet": lambda path: parquet(path, ROWS, [57]),
+    "tiny.parquet": lambda path: parquet(path, ROWS, [1, 2, 3, 0, 4, 5, 2, 23, 7, 10]),
+    "a.csv": put(as_csv(ROWS)),
+    "a.csv.gz": put(gzip.compress(as_csv(ROWS))),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_reads_alike(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    wanted = [{**row, "response": ""} for row in ROWS] if "csv" in name else ROWS
+    for block_rows in (1, 5, 8, 100):
+        assert records(read_all(tmp_path / name, block_rows=block_rows)) == wanted
+    # Long rows make blocks smaller; blocks that are left out (resume) change nothing of the others.
+    sources, indexes, blocks = laid_out(tmp_path / name, block_rows=6, block_bytes=90)
+    assert len(blocks) > 10
+    assert indexes[0].ids is not None
+    assert indexes[0].ids.tobytes() == b"".join(hash_id(str(row["id"])) for row in ROWS)
+    pending = blocks[1::2]
+    for unit in units_of(sources, pending):
+        for block, rows in read_unit(sources[0], unit, columns=["id", "prompt"]):
+            assert [row.record["prompt"] for row in rows] == [f"ask {n}" for n in range(block.start, block.stop)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_max_rows_end_the_input(name: str, tmp_path: Path) -> None:
+    for part in ("x", "y"):
+        (tmp_path / part).mkdir()
+        WRITERS[name](tmp_path / part / name)
+    sources = find_sources(str(tmp_path))
+    assert [source.name for source in sources] == [f"x/{name}", f"y/{name}"]
+    for limit in (0, 1, 57, 60, 1000):
+        indexes = [index_source(source, block_rows=8, max_rows=limit) for source in sources]
+        blocks = plan_blocks(indexes, limit)
+        assert sum(block.rows for block in blocks) == min(limit, 114)
+        units = units_of(sources, blocks)
+        found = [row for unit in units for _, rows in read_unit(sources[unit[0].source], unit) for row in rows]
+        assert [row.record["id"] for row in found] == [row["id"] for row in (ROWS + ROWS)[:limit]]
+
+
+def test_odd_lines(tmp_path: Path) -> None:
+    """What a line may hold; rows are those that data/files.py sees."""
+    lines = [
+        b'\xef\xbb\xbf{"prompt": "with a byte order mark"}\r\n',
+        b"\n", b"  \t \r\n",
+        b'{"prompt": NaN, "x": Infinity, "n": 1e999}\n',
+        b'{"prompt": ' + b"9" * 5000 + b"}\n",
+        b'{"prompt": ' + b"9" * 300 + b"}\n",
+        b'{"prompt": "half \\ud83d a pair"}\n',
+        b'{"prompt": "bytes \xff\xfe"}\n',
+        b'{"prompt": "cut', b"\n",
+        b"[1, 2]\n", b'"text"\n', b"null\n", b"3\n",
+        b"[" * 100_000 + b"\n",
+        b'{"id": 1, "id": 2, "\xc3\xa9": "\xe2\x80\xa8 line separator \\u0000"}\n',
+        b'{"id": "a"} {"id": "b"}\n',
+        b'{"id": "last"}',
+    ]  # fmt: skip
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b"".join(lines))
+    rows = read_all(path, block_rows=1)
+    assert records(rows)[0] == {"prompt": "with a byte order mark"}
+    assert math.isnan(records(rows)[1]["prompt"])
+    reasons = [row.reason for row in rows]
+    assert reasons == ["", "", "undecodable", "", "", "undecodable", "undecodable"] + ["wrong_type"] * 4 + [
+        "undecodable", "", "undecodable", "",
+    ]  # fmt: skip
+    assert all(bool(row.detail) == bool(row.reason) == (row.record is None) for row in rows)
+    plain = list(iter_rows("f", str(path)))
+    assert len(plain) == len(rows)
+    assert [row[1] for row in plain][3:] == [row.record for row in rows][3:]
+    assert read_all(path, block_rows=100) == rows
+    for content in (b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+        path.write_bytes(content)
+        assert read_all(path) == []
+
+
+def test_odd_csv(tmp_path: Path) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,prompt,response\r\n1,"two\r\nlines, ""quoted""",x\r\n\r\n2,short\r\n3,a,b,,\r\n4,a,b,c\r\n'
+        b'5,"\xff",b\n6,\xe2\x80\xa8,\x0c\n7,cr,only\r8,"no end\nof, quotes\n'
+    )
+    wanted = [
+        {"id": "1", "prompt": 'two\r\nlines, "quoted"', "response": "x"},
+        {"id": "2", "prompt": "short", "response": None},
+        {"id": "3", "prompt": "a", "response": "b"},
+        "undecodable",
+        {"id": "5", "prompt": "\udcff", "response": "b"},
+        {"id": "6", "prompt": "\u2028", "response": "\x0c"},
+        {"id": "7", "prompt": "cr", "response": "only"},
+        {"id": "8", "prompt": "no end\nof, quotes\n", "response": None},
+    ]
+    for block_rows in (1, 2, 100):
+        assert records(read_all(path, block_rows=block_rows)) == wanted
+    path.with_suffix(".csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert records(read_all(path.with_suffix(".csv.gz"), block_rows=3)) == wanted
+    for content in (b"", b"id,prompt\n", b"id,prompt"):
+        path.write_bytes(content)
+        assert read_all(path) == []
+
+
+def test_a_row_beyond_memory_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST", 1000)
+    long = {"id": "x" * 5000}
+    (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], long, ROWS[1]]) + jsonl([long])[:-1])
+    assert records(read_all(tmp_path / "a.jsonl", block_rows=1)) == [ROWS[0], "undecodable", ROWS[1], "undecodable"]
+
+
+def test_odd_parquet(tmp_path: Path) -> None:
+    """Nested, dictionary, large and binary columns; bytes that are no text break their row alone."""
+    turns = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    broken = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(np.array([0, 2, 4, 6], np.int32)), pa.py_buffer(b"ok\xff\xfeok")]
+    )
+    table = pa.table(
+        {
+            "id": pa.array([1, None, 3]),
+            "messages": [turns, None, []],
+            "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "prompt": pa.array(["x", "y", None], pa.large_string()),
+            "raw": pa.array([b"\xff", None, b""], pa.binary()),
+            "thinking": broken,
+        }
+    )
+    pq.write_table(table, tmp_path / "odd.parquet")
+    rows = read_all(tmp_path / "odd.parquet")
+    first = {"id": 1, "messages": turns, "kind": "a", "prompt": "x", "raw": b"\xff", "thinking": "ok"}
+    assert records(rows)[:2] == [first, "undecodable"]
+    assert rows[2].record == {"id": 3, "messages": [], "kind": "a", "prompt": None, "raw": b"", "thinking": "ok"}
+    _, (index,), _ = laid_out(tmp_path / "odd.parquet")
+    assert index.ids is not None
+    assert index.ids.tobytes() == hash_id("1") + hash_id("odd.parquet:1") + hash_id("3")
+    assert laid_out(tmp_path / "odd.parquet", id_column="absent")[1][0].ids is None
+    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    assert read_all(tmp_path / "none.parquet") == []
+
+
+def test_units_share_large_row_groups(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", ROWS, [40, 17])
+    sources, _, blocks = laid_out(tmp_path, block_rows=1)
+    units = units_of(sources, blocks)
+    assert [len(unit) for unit in units] == [16, 16, 8, 16, 1]
+    assert len({block.offset for unit in units[:3] for block in unit}) == 1
+
+
+# ---- damaged as a whole
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.ndjson.zst", "a.parquet", "a.csv.gz"])
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_a_broken_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 2 // 3] if damage == "cut" else b"\x00noise" * 100)
+    with pytest.raises(InputError, match=rf"^--input: .*{name}: ") as caught:
+        read_all(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(ROWS))
+    sources, _, blocks = laid_out(path)
+    path.write_bytes(jsonl(ROWS[:-1]))
+    with pytest.raises(InputError, match="has changed since it was indexed"):
+        list(read_unit(sources[0], blocks))
+    path.unlink()
+    with pytest.raises(InputError, match="has changed since it was indexed"):
+        list(read_unit(sources[0], blocks))
+
+
+# ---- which files
+
+
+def test_what_an_input_stands_for(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "b/1.CSV", "a.parquet", "b/c/3.jsonl.gz", "b/.hidden.jsonl", "_tmp/4.jsonl",
+                 "b/README.md", "b/x.malformed.json", "[1].jsonl"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(pattern: str) -> list[str]:
+        return [source.name for source in find_sources(f"{tmp_path}/{pattern}")]
+
+    every = ["[1].jsonl", "a.parquet", "b/1.CSV", "b/2.jsonl", "b/c/3.jsonl.gz"]
+    assert names("") == every
+    assert names("**") == every
+    assert names("b") == names("b/") == ["1.CSV", "2.jsonl", "c/3.jsonl.gz"]
+    assert names("b/*") == ["1.CSV", "2.jsonl"]
+    assert names("*/[0-9].jsonl") == ["b/2.jsonl"]
+    assert names("**/*.jsonl*") == ["[1].jsonl", "b/2.jsonl", "b/c/3.jsonl.gz"]
+    assert names("b/**/?.jsonl.gz") == ["c/3.jsonl.gz"]
+    assert names("*/c/3*") == ["b/c/3.jsonl.gz"]
+    assert names("[1].jsonl") == ["[1].jsonl"]
+    assert names("_tmp/*") == ["4.jsonl"]
+    (found,) = find_sources(f"file://{tmp_path}/b/1.CSV")
+    assert (found.path, found.kind, found.compression) == (f"{tmp_path}/b/1.CSV", "csv", "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("none.jsonl", "no file matches"), ("none/*.jsonl", "no file matches"), ("*.parquet", "no file matches"),
+        ("a.txt", "unknown kind of file"), ("*.txt", "no file of a known kind"), ("a.json", "one object a line"),
+        ("b.jsonl.bz2", "unknown kind of file"), ("b*", "unknown kind of file"), ("b.parquet.gz", "unknown kind"),
+        ("empty", "no file matches"),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_none(pattern: str, problem: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "a.json", "b.jsonl.bz2", "b.parquet.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=rf"^--input: .*{problem}"):
+        find_sources(f"{tmp_path}/{pattern}")
+
+
+# ---- ids
+
+
+def hashes(values: Sequence[str]) -> np.ndarray:
+    return as_array(b"".join(hash_id(value) if value else NO_ID for value in values))
+
+
+@given(st.lists(st.lists(st.sampled_from(["", "a", "b", "c", "d", "ee"]), max_size=12), max_size=6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_first_row_keeps_an_id(parts: list[list[str]], spill: bool) -> None:
+    import tempfile
+
+    flat = [value for part in parts for value in part]
+    wanted = [n for n, value in enumerate(flat) if value and value in flat[:n]]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identities, "IN_MEMORY", 3 if spill else 10**6)
+        found = find_duplicates((hashes(part) for part in parts), Path(folder) / "scratch")
+        assert found.tolist() == wanted
+        assert found.dtype == np.int64
+        assert not list(Path(folder).rglob("*.bin"))
+
+
+def test_derived_ids_may_be_taken(tmp_path: Path) -> None:
+    """An id of its own that looks like another row's derived id: the first in the input's order keeps it."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "b.jsonl:1"}, {"id": None}, {"x": 1}, {"id": "a.jsonl:2"}]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"x": 1}, {"x": 2}]))
+    (tmp_path / "c.jsonl").write_bytes(
+        jsonl([{"id": True}, {"id": 1.5}, {"id": " "}, {"id": 7}]) + b'{"id": "7"}\n[7]\n'
+    )
+    sources, indexes, _ = laid_out(tmp_path)
+    assert [index.ids is None for index in indexes] == [False, True, False]
+    assert find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist() == [3, 5, 10]
+    assert list(id_arrays(sources[1:2], indexes[1:2])) == []
+
+
+def test_samples_are_shares_and_stable() -> None:
+    rows = np.arange(200_000)
+    mask = sampled(rows, 0.1, seed=1)
+    assert abs(mask.mean() - 0.1) < 0.004
+    assert (sampled(rows[::-1], 0.1, seed=1)[::-1] == mask).all()
+    assert (mask <= sampled(rows, 0.2, seed=1)).all()  # a larger sample holds the smaller one
+    assert 0.005 < (mask & sampled(rows, 0.1, seed=2)).mean() < 0.015
+    assert abs(mask[:1000].mean() - 0.1) < 0.05
+    assert not sampled(rows, 0.0, seed=1).any()
+    assert sampled(rows, 1.0, seed=1).all()
+    assert sampled(rows[:0], 0.5, seed=1).shape == (0,)
