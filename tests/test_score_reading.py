@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from clifflab.data.files import iter_rows
 from clifflab.errors import InputError
+from clifflab.scoring import filesystems, reading
 from clifflab.scoring import ids as identities
-from clifflab.scoring import reading
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
 from clifflab.scoring.reading import read_unit
 from clifflab.scoring.sources import find_sources
 from clifflab.scoring.types import Block, RawRow, Source
+from tests.buckets import bucket
 
 ROWS = [{"id": f"r{n}", "prompt": f"ask {n}", "thinking": "hm " * (n % 7), "response": None} for n in range(57)]
 
@@ -310,6 +311,132 @@ def test_inputs_that_are_none(pattern: str, problem: str, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=rf"^--input: .*{problem}"):
         find_sources(f"{tmp_path}/{pattern}")
+
+
+# ---- elsewhere
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sends the client to an endpoint, with a key and a secret of its own."""
+
+    def use(endpoint: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        filesystems._remote.cache_clear()
+
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAOFNOBODY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
+    yield use
+    filesystems._remote.cache_clear()
+
+
+def files_of_every_kind(folder: Path) -> dict[str, bytes]:
+    for name, write in WRITERS.items():
+        write(folder / name)
+    return {name: (folder / name).read_bytes() for name in WRITERS}
+
+
+def test_a_bucket_reads_as_the_disk_does(s3: Callable[[str], None], tmp_path: Path) -> None:
+    objects = {f"deep/er/{name}": data for name, data in files_of_every_kind(tmp_path).items()}
+    with bucket({**objects, "deep/_x/a.jsonl": b"no", "deep/er/README": b"no"}) as (endpoint, _):
+        s3(endpoint)
+        assert records(read_all("s3://corpus/deep", block_rows=25)) == records(read_all(tmp_path, block_rows=25))
+        names = [source.name for source in find_sources("s3://corpus/deep")]
+        assert names == [f"er/{name}" for name in sorted(WRITERS)]
+        found = find_sources("s3://corpus/*/er/a.jsonl*")
+        assert [source.path for source in found] == [f"s3://corpus/deep/er/a.jsonl{end}" for end in ("", ".gz")]
+        (one,) = find_sources("s3://anonymous@corpus/deep/er/a.jsonl")
+        assert one.path == "s3://anonymous@corpus/deep/er/a.jsonl"
+        assert records(read_all(one.path)) == ROWS
+        with pytest.raises(InputError, match="no file matches"):
+            find_sources("s3://corpus/deep/er/absent.jsonl")
+
+
+@pytest.mark.parametrize("pattern", ["s3://corpus/a/*.jsonl", "s3://corpus/a.jsonl", "s3://anonymous@corpus/a.jsonl"])
+@pytest.mark.parametrize("refusal", [(403, "AccessDenied"), (404, "AccessDenied"), (403, "InvalidAccessKeyId")])
+def test_a_bucket_that_refuses(s3: Callable[[str], None], pattern: str, refusal: tuple[int, str]) -> None:
+    """The line names the credential that was looked for and never its value, whatever the server repeats."""
+    with bucket({}, refuse=refusal) as (endpoint, seen):
+        s3(endpoint)
+        with pytest.raises(InputError, match=r"^--input: s3://.*; looked for ") as caught:
+            find_sources(pattern)
+        assert len(seen) < 5
+    said = str(caught.value)
+    wanted = "looked for no credential (anonymous)" if "anonymous" in pattern else "looked for AWS_ACCESS_KEY_ID (set)"
+    assert wanted in said
+    assert "AKIAOFNOBODY" not in said
+    assert "hush" not in said
+    assert "\n" not in said
+
+
+def test_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert filesystems.looked_for("s3://b/k") == (
+        "AWS_ACCESS_KEY_ID (not set), then profile 'work' of ~/.aws, then the machine's own role"
+    )
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/secret/place.json")
+    assert "GOOGLE_APPLICATION_CREDENTIALS (set)" in filesystems.looked_for("gs://b/k")
+    monkeypatch.setenv("HF_TOKEN", "hf_value")
+    assert "HF_TOKEN (set)" in filesystems.looked_for("hf://datasets/a/b")
+    assert filesystems.without_secrets("token hf_value") == "token <HF_TOKEN>"
+
+
+def test_fsspec_reads_as_the_disk_does(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, data in files_of_every_kind(tmp_path).items():
+        memory.pipe(f"/score-reading/{name}", data)
+    assert records(read_all("memory://score-reading", block_rows=25)) == records(read_all(tmp_path, block_rows=25))
+    assert [source.name for source in find_sources("memory://score-reading/**/*.csv*")] == ["a.csv", "a.csv.gz"]
+    memory.pipe("/score-reading/a.parquet", b"no Parquet")
+    with pytest.raises(InputError, match=r"memory://score-reading/a.parquet: is not a whole Parquet file"):
+        read_all("memory://score-reading/a.parquet")
+    memory.rm("/score-reading", recursive=True)
+    for pattern in ("memory://score-reading/*.csv", "memory://score-reading/a.csv", "none://x/a.csv"):
+        with pytest.raises(InputError, match=r"^--input: (memory|none)://"):
+            find_sources(pattern)
+
+
+def test_saved_and_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.filter(lambda row: row["id"] != "r3").with_format("numpy").save_to_disk(str(tmp_path / "saved"))
+    rows = read_all(tmp_path / "saved", block_rows=10)
+    assert records(rows) == [row for row in ROWS if row["id"] != "r3"]
+    (source,), (index,), blocks = laid_out(tmp_path / "saved", block_bytes=600)
+    assert (source.kind, source.name, index.rows) == ("saved", "saved", 56)
+    assert source.changed
+    assert len(blocks) > 2
+    assert index.ids is not None
+    assert hash_id("r4") in index.ids.tobytes()
+    (_, found), *_ = read_unit(source, blocks[1:2], columns=["id"])
+    assert [set(row.record or ()) for row in found] == [{"id"}] * blocks[1].rows
+
+    datasets.DatasetDict({"a": data, "b": data}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(InputError, match=r"holds several splits; name one of .*/both/a, .*/both/b"):
+        find_sources(str(tmp_path / "both"))
+    assert len(read_all(tmp_path / "both" / "b")) == 57
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"cut")
+    reading._dataset.cache_clear()
+    with pytest.raises(InputError, match=r"^--input: .*saved: (cannot be loaded|has changed)"):
+        read_all(tmp_path / "saved")
+
+    # A name on the hub and a folder here are loaded in one way.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("clifflab.data.files.hub_commit", lambda path: "unreachable")
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "test.jsonl").write_bytes(jsonl(ROWS))
+    rows = read_all(f"hf:{tmp_path}/repo:test", block_rows=10)
+    assert [(row.record or {})["id"] for row in rows] == [row["id"] for row in ROWS]
+    with pytest.raises(InputError, match=r"^--input: hf:.*/repo:train: cannot be loaded"):
+        read_all(f"hf:{tmp_path}/repo:train")
+    with pytest.raises(InputError, match="names no dataset"):
+        find_sources("hf:")
 
 
 # ---- ids

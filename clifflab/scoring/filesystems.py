@@ -166,9 +166,10 @@ def _short(error: Exception) -> str:
 
 
 def _remedy(path: str) -> str:
+    scheme = scheme_of(path)
     return {
         "": "check the path",
         "s3": "check the name, AWS_REGION and AWS_ENDPOINT_URL, or write s3://anonymous@BUCKET for a public one",
         "gs": "check the name, or write gs://anonymous@BUCKET for a public one",
         "hf": "check the name, and log in if it is gated",
-    }.get(scheme_of(path), "check the name and the credential")
+    }.get("gs" if scheme == "gcs" else scheme, "check the name and the credential")

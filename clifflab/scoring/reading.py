@@ -327,8 +327,7 @@ def _dataset(source: Source) -> Any:
         load, remedy = partial(datasets.load_from_disk, source.path), "give a file, or one split saved"
     else:
         name, _, split = source.name.partition(":")
-        revision = None if source.changed in ("", "unreachable") else source.changed
-        load = partial(datasets.load_dataset, name, split=split or "train", revision=revision)
+        load = partial(datasets.load_dataset, name, split=split or "train", revision=source.changed or None)
         remedy = "check its name and split, log in if it is gated"
     try:
         return load()

@@ -52,19 +52,20 @@ def find_sources(pattern: str) -> list[Source]:
 def _search(filesystem: Any, path: str, prefix: str) -> list[Source]:
     from pyarrow.fs import FileType
 
+    wild = _WILD.search(path)
+    if wild is not None and (prefix or not os.path.lexists(path)):
+        base = path[: wild.start()].rpartition("/")[0]
+        infos = _glob(filesystem, base, path[len(base) :].strip("/").split("/"), local=not prefix)
+        if infos or not prefix:
+            return _known(infos, base, prefix)
     info = filesystem.get_file_info(path)
     if info.type == FileType.File:
         return [_file(info, info.base_name, prefix)]
     if info.type == FileType.Directory:
         return _folder(filesystem, path, prefix)
-    wild = _WILD.search(path)
-    if wild is None:
-        # A bucket's own refusal is a better answer than "no such file".
-        filesystem.get_file_info(_selector(path.rpartition("/")[0] or path, optional=not prefix))
-        return []
-    base = path[: wild.start()].rpartition("/")[0]
-    infos = _glob(filesystem, base, path[len(base) :].strip("/").split("/"), local=not prefix)
-    return _known(infos, len(base), prefix)
+    if prefix:  # a bucket's own refusal is a better answer than "no file matches"
+        filesystem.get_file_info(_selector(path.rpartition("/")[0] or path))
+    return []
 
 
 def _folder(filesystem: Any, path: str, prefix: str) -> list[Source]:
@@ -76,12 +77,11 @@ def _folder(filesystem: Any, path: str, prefix: str) -> list[Source]:
         if {"state.json", "dataset_info.json"} <= names:
             return [_saved(path)]
     infos = filesystem.get_file_info(_selector(path, recursive=True))
-    base = path.rstrip("/")
-    shown = [info for info in infos if not any(map(_hidden, info.path[len(base) :].strip("/").split("/")))]
-    return _known(shown, len(base), prefix)
+    shown = [info for info in infos if not any(map(_hidden, _below(info.path, path).split("/")))]
+    return _known(shown, path, prefix)
 
 
-def _known(infos: list[Any], base: int, prefix: str) -> list[Source]:
+def _known(infos: list[Any], base: str, prefix: str) -> list[Source]:
     """Sources among files: other kinds are passed over, but not data that is packed in an unknown way."""
     from pyarrow.fs import FileType
 
@@ -93,7 +93,7 @@ def _known(infos: list[Any], base: int, prefix: str) -> list[Source]:
         if kind_of(info.base_name) is None and not (suffix in _WRAPPED and kind_of(stem)):
             others.append(info.base_name)
             continue
-        sources.append(_file(info, info.path[base:].strip("/"), prefix))
+        sources.append(_file(info, _below(info.path, base), prefix))
     if not sources and others:
         some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise InputError(FIELD, some, "no file of a known kind matches", f"give {_KNOWN}")
@@ -137,7 +137,13 @@ def _hub(pattern: str) -> Source:
     name = pattern.removeprefix("hf:")
     if not name.strip(":"):
         raise InputError(FIELD, pattern, "names no dataset", "write hf:NAME or hf:NAME:SPLIT")
-    return Source(pattern, name, "hub", changed=hub_commit(pattern))
+    commit = hub_commit(pattern)
+    return Source(pattern, name, "hub", changed="" if commit == "unreachable" else commit)
+
+
+def _below(path: str, base: str) -> str:
+    """A path from ``base`` on; some filesystems begin theirs with a slash."""
+    return path.strip("/")[len(base.strip("/")) :].strip("/")
 
 
 def _hidden(name: str) -> bool:
@@ -160,10 +166,10 @@ def _glob(filesystem: Any, base: str, parts: list[str], *, local: bool) -> list[
         every = [
             info
             for info in filesystem.get_file_info(_selector(root, recursive=True, optional=local))
-            if not any(map(_hidden, info.path[len(base) :].strip("/").split("/")))
+            if not any(map(_hidden, _below(info.path, base).split("/")))
         ]
         wanted = ["**", *(rest or ["*"])]
-        return [info for info in every if _matches(info.path[len(base) :].strip("/").split("/"), wanted)]
+        return [info for info in every if _matches(_below(info.path, base).split("/"), wanted)]
     if not _WILD.search(part):
         path = f"{base}/{part}" if base or local else part
         if rest:
