@@ -20,14 +20,13 @@ from clifflab.runtime.progress import Counted
 from clifflab.scoring.commit import Receipt, clear_work, committed, finish
 from clifflab.scoring.ids import find_duplicates
 from clifflab.scoring.job import BLOCKS, DUPLICATES, EVENTS, HASHES, INDEX, Folder, Job
-from clifflab.scoring.layout import SourceIndex, index_source, plan_blocks, units_of
+from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
 from clifflab.scoring.probes import check_probes, load_probes
 from clifflab.scoring.sources import find_sources
 from clifflab.scoring.task import Corpus
 from clifflab.scoring.types import Block, Source
 
 Unit = list[Block]
-BLOCK_BYTES = 8 << 20  # of text in a block, about
 
 
 class Pool(Protocol):
@@ -107,10 +106,9 @@ def _layout(
         return [Block(**row) for row in read_parquet(kept).to_pylist()], duplicates
     progress.note(f"reading the ids of {len(sources)} file{'s' if len(sources) > 1 else ''}")
     rows = job.settings.block_rows
-    columns = tuple(filter(None, (job.rows.columns.get("id", "id"),)))
-    indexes = pool.index(Indexer(columns, rows, BLOCK_BYTES), sources)
-    blocks = plan_blocks(sources, indexes, rows, BLOCK_BYTES, job.max_rows)
-    found = find_duplicates([index.ids for index in indexes], folder.work(INDEX))
+    indexes = pool.index(Indexer(job.rows.columns.get("id", "id"), rows, job.max_rows), sources)
+    blocks = plan_blocks(indexes, job.max_rows)
+    found = find_duplicates(id_arrays(sources, indexes), folder.work(INDEX))
     write_atomic(duplicates, lambda scratch: _save(scratch, found))
     names = list(Block.__dataclass_fields__)
     columns_of = {name: [getattr(block, name) for block in blocks] for name in names}
@@ -123,13 +121,13 @@ def _layout(
 class Indexer:
     """Indexes one source; plain data that crosses process borders."""
 
-    columns: tuple[str, ...]
-    rows: int
-    bytes: int
+    id_column: str
+    block_rows: int
+    max_rows: int | None
 
     def __call__(self, source: Source) -> SourceIndex:
         """The source's rows, where its blocks begin, and hashes of its ids."""
-        return index_source(source, self.columns, self.rows, self.bytes)
+        return index_source(source, self.id_column, self.block_rows, max_rows=self.max_rows)
 
 
 def _save(path: Path, rows: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from clifflab.models.loading import load_renderer
 from clifflab.models.sizes import model_sizes
 from clifflab.scoring.job import Job
-from clifflab.scoring.layout import sampled
+from clifflab.scoring.ids import sampled
 from clifflab.scoring.prepare import Preparer, check_columns
 from clifflab.scoring.reading import read_unit
 from clifflab.scoring.types import Block, Prepared, Source
