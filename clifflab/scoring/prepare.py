@@ -14,7 +14,7 @@ from clifflab.config import PromptSet, ScoreConfig
 from clifflab.data.prompts import parse_row, prompt_column, row_id, writable
 from clifflab.errors import InputError, TraceError, shorten
 from clifflab.science.judges import judge
-from clifflab.scoring.ready import Ready, ready_table
+from clifflab.scoring.ready import Ready, bare, ready_table
 from clifflab.scoring.types import CLOSING_MISSING, DUPLICATE_ID, TOO_LONG, Block, Prepared, RawRow, Reject, Source
 from clifflab.text.batch import BatchRenderer, Rendered
 from clifflab.text.cut import without_middle
@@ -88,7 +88,7 @@ class Preparer:
         if self.rows.existing:
             return self._batch.render([(p["messages"], p["thinking"], p["response"]) for p in prompts])
         found = self._batch.prompts([prompt["messages"] for prompt in prompts])
-        return [ids if isinstance(ids, TraceError) else (ids, _bare(len(ids))) for ids in found]
+        return [ids if isinstance(ids, TraceError) else (ids, bare(len(ids))) for ids in found]
 
     def _ready(self, row: int, prompt: dict[str, Any], found: Rendered | TraceError) -> Ready:
         if isinstance(found, TraceError):
@@ -184,7 +184,3 @@ def _answered(messages: Any) -> bool:
     """Whether a conversation ends with the assistant's turn."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     return isinstance(last, dict) and last.get("role") == "assistant"
-
-
-def _bare(length: int) -> Spans:
-    return Spans(length, length, length, length, length, closed=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -49,14 +50,27 @@ def ready_table(traces: Sequence[Ready]) -> pa.Table:
     return pa.table({name: columns[name] for name in tables.READY.names}, schema=tables.READY)
 
 
+def bare_prompts(ready: pa.Table) -> list[Ready]:
+    """The rows of a table of ``tables.READY`` in which nothing is written yet."""
+    others = [field.name for field in dataclasses.fields(Ready) if field.name not in ("ids", "spans")]
+    rows = ready.select([*others, "token_ids"]).to_pylist()
+    found = []
+    for row in rows:
+        ids = row.pop("token_ids")
+        found.append(Ready(ids=ids, spans=bare(len(ids)), **row))
+    return found
+
+
+def bare(length: int) -> Spans:
+    """Borders of a chat prefix behind which nothing is written."""
+    return Spans(length, length, length, length, length, closed=False)
+
+
 def spans_of_ready(ready: pa.Table) -> list[Spans]:
     """Borders of each trace of a table of ``tables.READY``."""
-    borders = zip(*(ready[name].to_pylist() for name in _BORDERS), _lengths(ready), strict=True)
+    lengths = pc.list_value_length(ready["token_ids"]).to_pylist()
+    borders = zip(*(ready[name].to_pylist() for name in _BORDERS), lengths, strict=True)
     return [Spans(a, b, c, d, end, closed=True) for a, b, c, d, end in borders]
-
-
-def _lengths(ready: pa.Table) -> list[int]:
-    return list(pc.list_value_length(ready["token_ids"]).to_pylist())
 
 
 def traces_table(ready: pa.Table, model: str, set_name: str, *, generated: bool = False) -> pa.Table:

@@ -6,8 +6,8 @@ where two things hold:
 
 - The tokens decode to the very text that they were made from. This is looked at in every trace.
 - The first tokens of a text decode to the beginning of what all of them decode to. This is a property of the decoder.
-  The exception is a character whose bytes are spread over several tokens: cut in two, it decodes to replacement
-  characters. A byte-level decoder writes one of them, as long as the character; byte fallback may write three.
+  The exception is a character whose bytes are spread over several tokens. Cut in two, a byte-level decoder makes it one
+  replacement character, which changes no count. Byte fallback may make it several, and more of what stands before it.
 
 Then the n-th visible character of a text belongs to the same token whichever way tokens are counted, and borders are
 visible characters or ends. A trace of which this is not sure is rendered the plain way.
@@ -26,8 +26,7 @@ from clifflab.text.spans import Spans, place_spans
 Trace = tuple[Messages, str | None, str | None]
 Rendered = tuple[list[int], Spans]
 _CHARACTERS = 1 << 20  # of one call to the tokenizer, whose results take about 100 bytes a token
-_LONGEST = 4  # bytes of a character
-Decoder = Literal["", "bytes", "fallback"]
+Decoder = Literal["", "bytes", "pieces", "fallback"]
 
 
 class BatchRenderer:
@@ -103,15 +102,15 @@ class BatchRenderer:
             encodings = backend.encode_batch(run, add_special_tokens=False)
             decoded = backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
             for text, encoding, back in zip(run, encodings, decoded, strict=True):
-                yield encoding if back == text else None
+                sure = back == text and (self._kind != "fallback" or text.isascii())
+                yield encoding if sure else None
 
     def _join(self, prefix: list[int], body: str, encoding: Any, trace: Trace) -> Rendered | TraceError:
         """A trace from its tokenised parts; ``encoding`` is ``None`` where the plain way has to look."""
 
         def token_at(char: int) -> int:
-            before = body[max(0, char - _LONGEST + 1) : char + 1]
             token = None if body[char].isspace() else encoding.char_to_token(char)
-            if token is None or (self._kind == "fallback" and not before.isascii()):
+            if token is None or (self._kind != "bytes" and _shared(encoding, token, char)):
                 raise _UnsureError
             return int(token)
 
@@ -139,6 +138,12 @@ class _UnsureError(Exception):
     """The quick way does not know a border."""
 
 
+def _shared(encoding: Any, token: int, char: int) -> bool:
+    """Whether the next token covers the character too, as it does where the first is a space that was put before it."""
+    following = encoding.token_to_chars(token + 1) if token + 1 < len(encoding) else None
+    return following is not None and following[0] <= char
+
+
 def _runs(texts: Sequence[str]) -> Iterator[list[str]]:
     """Texts in runs that one call of the tokenizer takes."""
     run: list[str] = []
@@ -157,8 +162,8 @@ def decoder_kind(tokenizer: Any) -> Decoder:
     """Whether the first tokens of a text decode to its beginning, as the tokenizer's decoder says.
 
     Returns:
-        ``bytes``: they do. ``fallback``: they do, but for the bytes of a character that were cut apart. Empty: not
-        known.
+        ``bytes``: they do, byte by byte. ``pieces``: they do, and a space may be put before a text. ``fallback``: they
+        do where every character is one byte. Empty: not known.
     """
     from transformers import PreTrainedTokenizerFast as Plain
 
@@ -171,9 +176,12 @@ def decoder_kind(tokenizer: Any) -> Decoder:
         return ""
     about = json.loads(decoder.__getstate__())
     parts = about["decoders"] if about["type"] == "Sequence" else [about]
+    kinds = {part["type"] for part in parts}
     if not all(_keeps_beginnings(part) for part in parts):
         return ""
-    return "fallback" if any(part["type"] == "ByteFallback" for part in parts) else "bytes"
+    if kinds == {"ByteLevel"}:
+        return "bytes"
+    return "fallback" if "ByteFallback" in kinds else "pieces"
 
 
 def _keeps_beginnings(part: dict[str, Any]) -> bool:
