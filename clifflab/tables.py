@@ -162,6 +162,7 @@ READY = pa.schema(
         ("closing_start", pa.int32()),
         ("response_start", pa.int32()),
         ("cut_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
     ]
 )
 

@@ -7,7 +7,7 @@ Every source row comes out once: as a prompt, or as a reject with a reason (``un
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_prompts(spec: PromptSet, field: str) -> tuple[list[dict[str, Any]], lis
         try:
             if record is None:
                 raise TraceError("undecodable", problem)
-            prompt = _prompt(spec, number, record)
+            prompt = parse_row(spec, record, f"{spec.name}-{number:06d}")
         except TraceError as error:
             rejects.append(_reject(spec, number, record, error))
             continue
@@ -80,8 +80,18 @@ def _source_rows(spec: PromptSet, field: str) -> Iterator[Row]:
         yield number, record, ""
 
 
-def _prompt(spec: PromptSet, number: int, record: dict[str, Any]) -> dict[str, Any]:
-    messages = _messages(record, _prompt_column(spec, record))
+def parse_row(spec: PromptSet, record: dict[str, Any], name: str) -> dict[str, Any]:
+    """One row of a source as a row of ``tables.PROMPTS`` (without ``row``).
+
+    Args:
+        spec: The set that the row belongs to: columns, label, and whether rows hold traces.
+        record: The row as it was read.
+        name: Its id where it has none of its own.
+
+    Raises:
+        TraceError: The row cannot be used; says why.
+    """
+    messages = _messages(record, prompt_column(spec, record))
     thinking, response = None, None
     if spec.existing:
         thinking, response, messages = _existing(spec, record, messages)
@@ -89,16 +99,13 @@ def _prompt(spec: PromptSet, number: int, record: dict[str, Any]) -> dict[str, A
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
         raise TraceError("not_messages", "the conversation does not end with the user's turn")
-    identity = _optional(record, spec, "id")
-    if identity is not None and (isinstance(identity, bool | float) or not str(identity).strip()):
-        raise TraceError("bad_id", "the id is empty or no text")
-    identity = f"{spec.name}-{number:06d}" if identity is None else str(identity)
-    group = _optional(record, spec, "group")
+    identity = row_id(spec, record)
+    group = _text_or_none(record, spec, "group")
     return {
-        "id": identity,
+        "id": name if identity is None else identity,
         "set": spec.name,
         "label": _label(spec, record),
-        "group": derived_group(messages) if group is None or not str(group).strip() else str(group),
+        "group": derived_group(messages) if group is None or not group.strip() else group,
         "messages": messages,
         "existing": spec.existing,
         "thinking": thinking,
@@ -107,13 +114,35 @@ def _prompt(spec: PromptSet, number: int, record: dict[str, Any]) -> dict[str, A
     }
 
 
+def row_id(spec: PromptSet, record: dict[str, Any]) -> str | None:
+    """A row's own id as text; ``None`` where it has none.
+
+    Raises:
+        TraceError: ``bad_id``: the id is neither text nor a whole number, is empty, or is not UTF-8.
+    """
+    identity = _optional(record, spec, "id")
+    if identity is None:
+        return None
+    if isinstance(identity, bool | float | list | dict | bytes) or not str(identity).strip():
+        raise TraceError("bad_id", "the id is empty or no text")
+    try:
+        return _decodable(str(identity), "id")
+    except TraceError:
+        raise TraceError("bad_id", "the id holds bytes that are not UTF-8") from None
+
+
 def derived_group(messages: Messages) -> str:
     """A name for the request itself: equal requests share a group, whatever their set, case and white space."""
     text = " ".join(messages[-1]["content"].casefold().split())
     return f"text-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _prompt_column(spec: PromptSet, record: dict[str, Any]) -> str:
+def prompt_column(spec: PromptSet, record: Mapping[str, Any]) -> str:
+    """The column that holds a row's request.
+
+    Raises:
+        TraceError: ``no_column``: the row has none; lists those that it has.
+    """
     for role in ("prompt", "messages"):
         if role in spec.columns:
             column = spec.columns[role]
@@ -182,6 +211,11 @@ def _decodable(value: str, column: str) -> str:
     return value
 
 
+def writable(text: str) -> str:
+    """A text as a table takes it: halves of surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _label(spec: PromptSet, record: dict[str, Any]) -> str:
     """The row's own label where the set has a column of labels; rows of the planted corpus always bring theirs."""
     own = "label" if spec.path == _MIXED and spec.label != "unlabelled" else None
@@ -210,7 +244,7 @@ def _reject(spec: PromptSet, number: int, record: dict[str, Any] | None, error: 
         "set": spec.name,
         "source": spec.path,
         "source_row": number,
-        "id": None if identity is None else str(identity),
+        "id": None if identity is None else writable(str(identity)),
         "reason": error.reason,
-        "detail": error.detail,
+        "detail": writable(error.detail),
     }

@@ -44,11 +44,20 @@ class Renderer:
         parts = [str(self.tokenizer.chat_template), repr(self.form), self.system]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Tokens that are no text, as they are written."""
+        return frozenset(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self._special))))
+
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Token ids of the chat prefix, up to where the model starts to write."""
+        return self.encode(self.prompt(messages))
+
+    def prompt(self, messages: Messages) -> str:
+        """Text of the chat prefix."""
         if self.system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
-        return self.encode(chat_prefix(self.tokenizer, messages, thinking=self.form.thinks))
+        return chat_prefix(self.tokenizer, messages, thinking=self.form.thinks)
 
     def parse(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Spans:
         """Find thinking, closing tokens and response in what the model wrote."""
@@ -66,6 +75,20 @@ class Renderer:
             TraceError: The text does not survive as a trace (``closing_missing``: thinking is missing, or holds the
                 marker or control token that would end it).
         """
+        body = self.completion(thinking, response)
+        prompt_ids = self.prompt_ids(messages)
+        completion_ids = self.encode(body)
+        spans = self.parse(prompt_ids, completion_ids)
+        if not spans.closed and response is not None:
+            raise TraceError("closing_missing", "no closing tokens after rendering")
+        return prompt_ids + completion_ids, spans
+
+    def completion(self, thinking: str | None, response: str | None) -> str:
+        """The text behind the chat prefix of an existing trace.
+
+        Raises:
+            TraceError: As :meth:`render`.
+        """
         form = self.form
         if form.thinks and thinking is None:
             raise TraceError("closing_missing", "the trace has no thinking")
@@ -75,14 +98,7 @@ class Renderer:
             if marker in (thinking or ""):
                 raise TraceError("closing_ambiguous", f"the thinking itself holds {marker}")
         body = f"{form.open_text}{(thinking or '').strip()}" if form.thinks else ""
-        if response is not None:
-            body += form.close_text + response.strip()
-        prompt_ids = self.prompt_ids(messages)
-        completion_ids = self.encode(body)
-        spans = self.parse(prompt_ids, completion_ids)
-        if not spans.closed and response is not None:
-            raise TraceError("closing_missing", "no closing tokens after rendering")
-        return prompt_ids + completion_ids, spans
+        return body if response is None else body + form.close_text + response.strip()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included, nothing cleaned up."""

@@ -71,7 +71,6 @@ def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: T
         decode: Ids to text, special tokens kept, nothing cleaned up.
     """
     start, ids = len(prefix_ids), list(completion_ids)
-    end = start + len(ids)
     text = decode(ids)
     lengths: dict[int, int] = {len(ids): len(text)}
 
@@ -88,11 +87,27 @@ def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: T
         """
         return _first(len(ids), lambda k: length(k + 1) > char)
 
+    return place_spans(text, form, start, len(ids), token_at)
+
+
+def place_spans(text: str, form: ThinkingFormat, start: int, count: int, token_at: Callable[[int], int]) -> Spans:
+    """Borders of a completion of which it is known where its characters lie.
+
+    Args:
+        text: The completion, as its tokens decode.
+        form: The model's thinking format.
+        start: Number of tokens of the chat prefix.
+        count: Number of tokens of the completion.
+        token_at: Index, in the completion, of the token that holds the first byte of a character. Asked only of
+            characters that are no white space.
+    """
+    end = start + count
+
     def after_space(char: int) -> int:
         """Index of the first token that holds a non-space character at or after ``char``."""
         rest = text[char:]
         blank = len(rest) - len(rest.lstrip())
-        return token_at(char + blank) if blank < len(rest) else len(ids)
+        return token_at(char + blank) if blank < len(rest) else count
 
     parts = split_text(text, form)
     if parts is None:  # cut off inside the open marker, or nothing was written

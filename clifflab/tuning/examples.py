@@ -16,8 +16,8 @@ from clifflab.config import PromptSet, TuneConfig
 from clifflab.data.files import iter_rows
 from clifflab.data.prompts import read_prompts
 from clifflab.errors import InputError, TraceError
+from clifflab.text.cut import without_middle
 from clifflab.text.render import Renderer
-from clifflab.text.spans import Spans
 
 LEAST_HELD = 8  # fewer validation examples tell nothing
 _SENTINEL = "clifflabsentinel"
@@ -149,25 +149,13 @@ def _example(row: Mapping[str, Any], renderer: Renderer, end: int, context: int,
     if len(ids) > context:
         if settings.too_long == "reject":
             raise TraceError("too_long", f"{len(ids)} tokens, the model reads {context}")
-        ids, spans, gap = _without_middle(ids, spans, context)
+        found = without_middle(ids, spans, len(ids) - context)
+        if found is None:
+            raise TraceError("too_long", f"{len(ids)} tokens, and without its thinking still more than {context}")
+        ids, spans, gap = found
     start = spans.prefix_end if settings.loss_on == "assistant" else spans.response_start
     group = row.get("cluster") or row.get("group") or row["id"]
     return Example(str(row["id"]), str(group), tuple(ids), start, gap)
-
-
-def _without_middle(ids: list[int], spans: Spans, context: int) -> tuple[list[int], Spans, int]:
-    """Cut as many tokens out of the middle of the thinking as are too many; at least its ends stay.
-
-    Returns:
-        The ids, their borders, and the place of the first token after the cut.
-    """
-    excess = len(ids) - context
-    kept = spans.thinking_tokens - excess
-    if kept < 2:
-        raise TraceError("too_long", f"{len(ids)} tokens, and without its thinking still more than {context}")
-    cut = spans.thinking_start + (kept + 1) // 2
-    borders = (spans.closing_start - excess, spans.response_start - excess, spans.end - excess)
-    return ids[:cut] + ids[cut + excess :], Spans(spans.prefix_end, spans.thinking_start, *borders, True), cut
 
 
 def turn_end(renderer: Renderer, stop_ids: Collection[int]) -> int:
