@@ -14,7 +14,7 @@ from clifflab.scoring.measures import Found
 from clifflab.scoring.plain import score_plain
 from clifflab.scoring.probes import Probe, ProbeFile, ProbeSet
 from clifflab.text.spans import Spans
-from tests.test_sweeps import ARCHITECTURES, ASKED, tiny
+from tests.test_sweeps import ARCHITECTURES, tiny
 
 WINDOW = (0.5, 0.9)
 # Prefix, thinking, closing and response tokens: empty windows, no thinking, no closing tokens, equal lengths.

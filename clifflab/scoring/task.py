@@ -11,8 +11,8 @@ import numpy as np
 
 from clifflab.models.loading import load_renderer
 from clifflab.models.sizes import model_sizes
-from clifflab.scoring.job import Job
 from clifflab.scoring.ids import sampled
+from clifflab.scoring.job import Job
 from clifflab.scoring.prepare import Preparer, check_columns
 from clifflab.scoring.reading import read_unit
 from clifflab.scoring.types import Block, Prepared, Source
@@ -43,7 +43,7 @@ class Corpus:
         if not blocks:
             return
         for _, raw in read_unit(self.sources[blocks[0].source], blocks[:1]):
-            check_columns(raw[:_CHECKED], self.job.rows)
+            check_columns(raw[:_CHECKED], self.job.rows, "--column")
 
 
 class UnitPreparer:
@@ -67,7 +67,7 @@ class UnitPreparer:
             if job.sample is not None:
                 kept = sampled(np.asarray([block.base + row.row for row in raw], dtype=np.int64), job.sample, job.seed)
                 raw = [row for row, keep in zip(raw, kept.tolist(), strict=True) if keep]
-            yield self._preparer.prepare(block, source.name, raw, twice)
+            yield self._preparer.prepare(block, source, raw, twice)
 
 
 def _preparer(job: Job) -> Preparer:

@@ -140,11 +140,10 @@ def _again(
 ) -> Check:
     """Score a sample of rows the plain way, from the input on."""
     from clifflab.models.loading import load
-    from clifflab.scoring.plain import plain_scores
-    from clifflab.scoring.prepare import spans_of_ready
+    from clifflab.scoring.plain import score_plain
     from clifflab.scoring.probes import load_probes
     from clifflab.scoring.sources import find_sources
-    from clifflab.scoring.table import scored_table
+    from clifflab.scoring.table import inputs_of, scored_table
     from clifflab.scoring.task import Corpus, UnitPreparer
 
     if about["identity"]["code"] != code_hash(CODE):
@@ -170,7 +169,7 @@ def _again(
             ready = prepared.table.filter(pc.is_in(prepared.table["row"], pa.array(wanted, pa.int64())))
             if ready.num_rows != len(wanted):
                 return Check("scores", False, f"block {block.number}: its rows are not those of the input")
-            found = plain_scores(loaded, probes, job.window, ready["token_ids"].to_pylist(), spans_of_ready(ready))
+            found = score_plain(loaded, probes, job.window, *inputs_of(ready))
             anew = scored_table(ready, found, probes, job.model.name, job.rows.name)
             mine = kept.filter(pc.is_in(kept["row"], pa.array(wanted, pa.int64())))
             gap, same = _gap(mine, anew)

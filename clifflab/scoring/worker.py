@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clifflab.errors import WorkerError
+from clifflab.models.forward import not_finite
 from clifflab.models.loading import LoadedModel, load
 from clifflab.scoring.commit import Receipt, commit, committed
+from clifflab.scoring.generate import complete
 from clifflab.scoring.job import ATTEMPTS, SCORES, TRACES, Folder, Job
 from clifflab.scoring.kernel import Kernel
-from clifflab.scoring.prepare import complete, spans_of_ready, traces_table
 from clifflab.scoring.probes import load_probes
-from clifflab.scoring.table import scored_table
-from clifflab.scoring.types import Prepared, Reject
+from clifflab.scoring.ready import traces_table
+from clifflab.scoring.table import inputs_of, scored_table
+from clifflab.scoring.types import NOT_FINITE, TOO_LONG, Prepared, Reject
 
 MAX_ATTEMPTS = 5
 
@@ -60,25 +63,26 @@ class BlockScorer:
         self._attempt(block.number)
         began = time.monotonic()
         ready, rejects = prepared.table, list(prepared.rejects)
+        settings = self._job.settings
         if self._job.generate:
-            ready, unfinished = complete(self._loaded, ready, self._job.generate, self._job.seed, name)
+            ready, unfinished = complete(self._loaded, prepared, self._job.generate, self._job.seed, name, settings)
             rejects += unfinished
-        spans = spans_of_ready(ready)
-        ids = ready["token_ids"].to_pylist()
-        found = self._kernel.score(ids, spans)
-        table = scored_table(ready, found, self._probes, self._job.model.name, name)
+        found = self._kernel.score(*inputs_of(ready))
+        if ready.num_rows > 1 and set(found.problem) == {NOT_FINITE}:
+            raise not_finite(self._loaded, f"in all traces of block {block.number}")
+        parts = {SCORES: scored_table(ready, found, self._probes, self._job.model.name, name)}
+        good = pa.array([not problem for problem in found.problem], pa.bool_())
+        if settings.keep_traces:
+            generated = self._job.generate is not None
+            parts[TRACES] = traces_table(ready.filter(good), self._job.model.name, name, generated=generated)
         rejects += _problems(ready, found.problem, prepared)
         rejects.sort(key=lambda reject: reject.row)
-        good = pa.array([not problem for problem in found.problem], pa.bool_())
-        parts = {SCORES: table}
-        if self._job.settings.keep_traces:
-            parts[TRACES] = traces_table(ready.filter(good), self._job.model.name, name)
         about = {
             "read": prepared.read,
-            "scored": sum(good.to_pylist()),
+            "scored": pc.sum(good).as_py() or 0,
             "tokens": found.tokens,
             "padding": found.padding,
-            "cut": int(pa.compute.sum(pa.compute.greater(ready["cut_tokens"], 0)).as_py() or 0),
+            "cut": pc.sum(pc.greater(ready["cut_tokens"], 0)).as_py() or 0,
         }
         receipt = commit(self._folder, self._fingerprint, block, parts, rejects, about)
         return {**receipt, "seconds": round(time.monotonic() - began, 3), "pid": os.getpid()}
@@ -101,7 +105,7 @@ class BlockScorer:
 
 def _problems(ready: pa.Table, problems: Any, prepared: Prepared) -> list[Reject]:
     """Rejects of traces that the model could not score."""
-    details = {"not_finite": "the model yields numbers that are not finite", "too_long": "does not fit into memory"}
+    details = {NOT_FINITE: "the model yields numbers that are not finite", TOO_LONG: "does not fit into memory"}
     rows, names = ready["row"].to_pylist(), ready["id"].to_pylist()
     source, base = prepared.source, prepared.block.base
     return [
