@@ -13,6 +13,7 @@ from clifflab.errors import InputError, OutputError
 
 _SUFFIXES = (".jsonl", ".parquet")
 _BLOCK = 10_000
+_FEW = 10_000  # numbers of rows that a JSON file lists
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
 OUT_FILE = click.option("--out", required=True, metavar="FILE", help="A .jsonl or .parquet file.")
 
@@ -84,20 +85,68 @@ def prompts(sets: tuple[str, ...], rows: int, seed: int, out: str) -> None:
 
 @command.command("corpus")
 @click.option("--rows", type=click.IntRange(min=1), required=True, help="Traces to write.")
+@click.option(
+    "--malformed", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="SHARE",
+    help="Share of rows to break, in every way that the kind of file can hold.",
+)  # fmt: skip
 @SEED
 @OUT_FILE
-def corpus(rows: int, seed: int, out: str) -> None:
+def corpus(rows: int, malformed: float, seed: int, out: str) -> None:
     """Write traces built like a safety corpus: most harmful requests refused, cliff cases rare.
 
     The traces come from the language; for prompts alone, which a model then answers, see `prompts --set corpus`.
+
+    With --malformed, FILE.malformed.json says how many rows are broken for which reason, and which: the reasons that
+    `clifflab score` gives them on the planted model.
     """
     from clifflab.organism.corpus import corpus_rows
+    from clifflab.organism.malformed import PARQUET_REASONS, REASONS, malformed_rows
 
-    _write(out, corpus_rows(rows, seed))
+    note = Path(f"{out}.malformed.json")
+    if not malformed:
+        _write(out, corpus_rows(rows, seed))
+        note.unlink(missing_ok=True)  # of a corpus that was here before
+        note.with_suffix(".npz").unlink(missing_ok=True)
+        return
+    reasons = PARQUET_REASONS if Path(out).suffix == ".parquet" else REASONS
+    numbers: dict[str, list[int]] = {reason: [] for reason in reasons}
+
+    def noted() -> Iterator[dict[str, Any] | bytes]:
+        for number, (reason, row) in enumerate(malformed_rows(rows, seed, malformed, reasons)):
+            if reason:
+                numbers[reason].append(number)
+            yield row
+
+    _write(out, noted())
+    _note_malformed(note, {"rows": rows, "seed": seed, "share": malformed}, numbers)
 
 
-def _write(out: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Stream rows to a file that is whole or absent."""
+def _note_malformed(path: Path, about: dict[str, Any], numbers: dict[str, list[int]]) -> None:
+    """Say which rows are broken: in the file itself, or in a table beside it where they are many."""
+    import numpy as np
+
+    from clifflab.artifacts import write_atomic, write_json
+
+    counts = {reason: len(found) for reason, found in numbers.items()}
+    table = path.with_suffix(".npz")
+    if sum(counts.values()) <= _FEW:
+        table.unlink(missing_ok=True)
+        places: dict[str, Any] = {"numbers": numbers}
+    else:
+        arrays: dict[str, Any] = {reason: np.asarray(found, dtype=np.int64) for reason, found in numbers.items()}
+
+        def save(scratch: Path) -> None:
+            with scratch.open("wb") as handle:
+                np.savez_compressed(handle, **arrays)
+
+        write_atomic(table, save)
+        places = {"numbers": table.name}
+    write_json(path, {**about, "malformed": sum(counts.values()), "reasons": counts, **places})
+    click.echo(f"{sum(counts.values())} of them malformed  {path}")
+
+
+def _write(out: str, rows: Iterable[dict[str, Any] | bytes]) -> None:
+    """Stream rows to a file that is whole or absent; bytes are a line as it stands."""
     from clifflab.artifacts import write_atomic
 
     path = Path(out)
@@ -105,7 +154,7 @@ def _write(out: str, rows: Iterable[dict[str, Any]]) -> None:
         raise OutputError("--out", out, "unknown kind of file", f"give a {' or '.join(_SUFFIXES)} file")
     counted = 0
 
-    def blocks() -> Iterator[list[dict[str, Any]]]:
+    def blocks() -> Iterator[list[Any]]:
         nonlocal counted
         iterator = iter(rows)
         while block := list(islice(iterator, _BLOCK)):
@@ -116,15 +165,15 @@ def _write(out: str, rows: Iterable[dict[str, Any]]) -> None:
     click.echo(f"{counted} rows  {path}")
 
 
-def _jsonl(path: Path, blocks: Iterator[list[dict[str, Any]]]) -> None:
+def _jsonl(path: Path, blocks: Iterator[list[Any]]) -> None:
     import json
 
-    with path.open("w", encoding="utf-8") as handle:
+    with path.open("wb") as handle:
         for row in chain.from_iterable(blocks):
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            handle.write((row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()) + b"\n")
 
 
-def _parquet(path: Path, blocks: Iterator[list[dict[str, Any]]]) -> None:
+def _parquet(path: Path, blocks: Iterator[list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
