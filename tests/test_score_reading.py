@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
+from clifflab.scoring.prepare import Preparer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clifflab.cli import cli as commands
+from clifflab.cli import organism
+from clifflab.config import ModelSpec, PromptSet
+from clifflab.config.score import ScoreConfig
 from clifflab.data.files import iter_rows
 from clifflab.errors import InputError
+from clifflab.models.loading import load_renderer
+from clifflab.organism import malformed
+from clifflab.organism.corpus import corpus_row
 from clifflab.scoring import filesystems, reading
 from clifflab.scoring import ids as identities
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
@@ -485,3 +495,58 @@ def test_samples_are_shares_and_stable() -> None:
     assert not sampled(rows, 0.0, seed=1).any()
     assert sampled(rows, 1.0, seed=1).all()
     assert sampled(rows[:0], 0.5, seed=1).shape == (0,)
+
+
+# ---- the practice corpus
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_broken_rows_get_their_reasons(name: str, tmp_path: Path) -> None:
+    """Scoring rejects the rows that were broken, each for its reason, and no other."""
+    out = tmp_path / name
+    run = ["organism", "corpus", "--rows", "600", "--seed", "5", "--out", str(out), "--malformed", "0.3"]
+    assert CliRunner().invoke(commands, run).exit_code == 0
+    note = json.loads(out.with_name(f"{name}.malformed.json").read_text())
+    wanted = {row: reason for reason, found in note["numbers"].items() for row in found}
+    assert Counter(wanted.values()) == note["reasons"]
+    assert set(note["reasons"]) == set(malformed.REASONS if name == "c.jsonl" else malformed.PARQUET_REASONS)
+    assert 130 < note["malformed"] == len(wanted) < 230
+    assert min(note["reasons"].values()) > 5
+
+    sources, indexes, blocks = laid_out(out, block_rows=250)
+    twice = set(find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist())
+    rows = PromptSet(name="corpus", path=str(out), label="unlabelled", existing=True)
+    preparer = Preparer(load_renderer(ModelSpec(name="m", path="organism:planted")), 512, rows, ScoreConfig())
+    found, kept = dict[int, str](), list[int]()
+    for unit in units_of(sources, blocks):
+        for block, raw in read_unit(sources[0], unit):
+            prepared = preparer.prepare(block, sources[0], raw, twice)
+            found |= {reject.row: reject.reason for reject in prepared.rejects}
+            kept += prepared.table["row"].to_pylist()
+    assert found == wanted
+    assert sorted([*found, *kept]) == list(range(600))
+
+
+def test_broken_rows_depend_on_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is the same in a corpus of any length; a larger share breaks the same rows and more; whole rows stay."""
+    rows = list(malformed.malformed_rows(120, 1, 0.5))
+    assert list(malformed.malformed_rows(60, 1, 0.5)) == rows[:60]
+    assert all(row == corpus_row(n, 1) for n, (reason, row) in enumerate(rows) if not reason)
+    more = [malformed.reason_of(n, 1, 0.8) for n in range(120)]
+    assert all(more[n] for n, (reason, _) in enumerate(rows) if reason)
+    assert [malformed.reason_of(n, 2, 0.5) for n in range(120)] != [reason for reason, _ in rows]
+    assert not any(malformed.reason_of(n, 1, 0.0) for n in range(50))
+    every = [reason for reason, _ in malformed.malformed_rows(200, 1, 1.0)]
+    assert set(every) == set(malformed.REASONS)
+
+    # Where they are many, their numbers stand in a table; a corpus without broken rows leaves no note behind.
+    monkeypatch.setattr(organism, "_FEW", 10)
+    run = ["organism", "corpus", "--rows", "50", "--out", str(tmp_path / "c.jsonl")]
+    assert CliRunner().invoke(commands, [*run, "--malformed", "0.5"]).exit_code == 0
+    note = json.loads((tmp_path / "c.jsonl.malformed.json").read_text())
+    with np.load(tmp_path / note["numbers"]) as table:
+        assert {reason: len(table[reason]) for reason in table.files} == note["reasons"]
+    assert [source.name for source in find_sources(str(tmp_path))] == ["c.jsonl"]
+    assert CliRunner().invoke(commands, run).exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["c.jsonl"]
+    assert records(read_all(tmp_path)) == [corpus_row(n, 0) for n in range(50)]
