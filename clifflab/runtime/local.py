@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from clifflab.config import RuntimeConfig
 
@@ -62,3 +63,24 @@ def _native_messages_held() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@contextmanager
+def native_messages_in(path: Path) -> Iterator[None]:
+    """Let what Ray's native code prints go to a file; what Python prints to standard error still goes there.
+
+    It prints warnings that are no business of a user's, such as one for every pool of actors.
+    """
+    sys.stderr.flush()
+    kept, before = os.dup(2), sys.stderr
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log, os.fdopen(kept, "w", buffering=1, closefd=False) as mine:
+        os.dup2(log.fileno(), 2)
+        sys.stderr = mine
+        try:
+            yield
+        finally:
+            mine.flush()
+            os.dup2(kept, 2)
+            sys.stderr = before
+    os.close(kept)

@@ -11,7 +11,7 @@ from typing import Any
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, WorkerError, shorten
 from clifflab.scoring.commit import Receipt
-from clifflab.scoring.job import Job
+from clifflab.scoring.job import WORK, Job
 from clifflab.scoring.layout import SourceIndex
 from clifflab.scoring.task import Corpus, UnitPreparer
 from clifflab.scoring.types import Block, Source
@@ -19,8 +19,9 @@ from clifflab.scoring.wire import failed, failed_receipt, pack, receipt_of, rece
 from clifflab.scoring.worker import BlockScorer
 
 # On a CPU an actor asks for less than its core, so that the tasks that feed it find a place beside it.
-_ACTOR_CPUS, _TASK_CPUS = 0.75, 0.25
+_ACTOR_CPUS, _TASK_CPUS, _GPU_ACTOR_CPUS = 0.75, 0.25, 0.5
 _INIT_DEATHS = 20
+_MESSAGES = "ray.log"
 
 
 class InlinePool:
@@ -97,6 +98,28 @@ class RayPool:
             ClifflabError: What a task or an actor met.
         """
         import ray
+
+        from clifflab.runtime.local import native_messages_in
+
+        rows = self._dataset(job, root, fingerprint, corpus, units)
+        try:
+            with native_messages_in(root / WORK / _MESSAGES):
+                for row in rows.iter_rows():
+                    yield receipt_of(row)
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            problem = (
+                f"score: the pipeline failed ({shorten(lines[-1])}); Ray's messages are in {root / WORK / _MESSAGES}"
+            )
+            raise WorkerError(f"{problem}; run again: it continues") from error
+        finally:
+            # A dataset that failed keeps its actors until it is collected.
+            del rows
+            gc.collect()
+
+    def _dataset(self, job: Job, root: Path, fingerprint: str, corpus: Corpus, units: Sequence[list[Block]]) -> Any:
+        """Units to prepared blocks in tasks, to receipts in actors; nothing runs before it is read."""
+        import ray
         import ray.data
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -110,29 +133,18 @@ class RayPool:
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # a row of the dataset is a block of the corpus, and travels alone
         context.max_consecutive_actor_init_deaths = _INIT_DEATHS
-        context.execution_options.preserve_order = False
-        rows: Any = ray.data.from_items([{"unit": n} for n in range(len(units))], override_num_blocks=len(units))
-        rows = rows.map_batches(
-            _Prepare(corpus, ray.put(list(units))), batch_size=1, num_cpus=_TASK_CPUS if not gpus else 1
+        numbers: Any = ray.data.from_items([{"unit": n} for n in range(len(units))], override_num_blocks=len(units))
+        prepared = numbers.map_batches(
+            _Prepare(corpus, ray.put(list(units))), batch_size=1, num_cpus=1 if gpus else _TASK_CPUS
         )
-        rows = rows.map_batches(
+        return prepared.map_batches(
             _Score,
-            fn_constructor_args=(job, str(root), fingerprint, self._settings.threads if not gpus else 0),
+            fn_constructor_args=(job, str(root), fingerprint, 0 if gpus else self._settings.threads),
             batch_size=1,
-            num_cpus=_ACTOR_CPUS if not gpus else 0.5,
+            num_cpus=_GPU_ACTOR_CPUS if gpus else _ACTOR_CPUS,
             num_gpus=1 if gpus else 0,
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
         )
-        try:
-            for row in rows.iter_rows():
-                yield receipt_of(row)
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise WorkerError(f"score: the pipeline failed ({shorten(lines[-1])}); run again: it continues") from error
-        finally:
-            # A dataset that failed keeps its actors until it is collected.
-            del rows
-            gc.collect()
 
 
 class _Indexed:
