@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from clifflab.scoring.prepare import Preparer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +33,7 @@ from clifflab.scoring import filesystems, reading
 from clifflab.scoring import ids as identities
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
+from clifflab.scoring.prepare import Preparer
 from clifflab.scoring.reading import read_unit
 from clifflab.scoring.sources import find_sources
 from clifflab.scoring.types import Block, RawRow, Source
@@ -312,15 +312,19 @@ def test_what_an_input_stands_for(tmp_path: Path) -> None:
         ("none.jsonl", "no file matches"), ("none/*.jsonl", "no file matches"), ("*.parquet", "no file matches"),
         ("a.txt", "unknown kind of file"), ("*.txt", "no file of a known kind"), ("a.json", "one object a line"),
         ("b.jsonl.bz2", "unknown kind of file"), ("b*", "unknown kind of file"), ("b.parquet.gz", "unknown kind"),
-        ("empty", "no file matches"),
+        ("empty", "no file matches"), ("bad/*", "name is not UTF-8"), ("bad/a\udcff.csv", "name is not UTF-8"),
     ],
 )  # fmt: skip
 def test_inputs_that_are_none(pattern: str, problem: str, tmp_path: Path) -> None:
     for name in ("a.txt", "a.json", "b.jsonl.bz2", "b.parquet.gz"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a\udcff.csv").touch()
     with pytest.raises(InputError, match=rf"^--input: .*{problem}"):
         find_sources(f"{tmp_path}/{pattern}")
+    with pytest.raises(InputError, match="names nothing"):
+        find_sources("")
 
 
 # ---- elsewhere
@@ -411,6 +415,16 @@ def test_fsspec_reads_as_the_disk_does(tmp_path: Path) -> None:
             find_sources(pattern)
 
 
+def test_addresses_on_the_web(tmp_path: Path) -> None:
+    objects = files_of_every_kind(tmp_path)
+    with bucket(objects) as (endpoint, _):
+        for name in objects:
+            rows = read_all(f"{endpoint}/corpus/{name}", block_rows=25)
+            assert records(rows) == records(read_all(tmp_path / name, block_rows=25))
+        with pytest.raises(InputError, match=r"^--input: http://"):
+            find_sources(f"{endpoint}/corpus/none.csv")
+
+
 def test_saved_and_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -475,12 +489,12 @@ def test_derived_ids_may_be_taken(tmp_path: Path) -> None:
     """An id of its own that looks like another row's derived id: the first in the input's order keeps it."""
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "b.jsonl:1"}, {"id": None}, {"x": 1}, {"id": "a.jsonl:2"}]))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"x": 1}, {"x": 2}]))
-    (tmp_path / "c.jsonl").write_bytes(
-        jsonl([{"id": True}, {"id": 1.5}, {"id": " "}, {"id": 7}]) + b'{"id": "7"}\n[7]\n'
-    )
+    unusable: list[Any] = [True, 1.5, " ", [7], {}, "\ud83d"]
+    odd: list[Any] = [*({"id": value} for value in [*unusable, *unusable, 7, "7"]), [7]]
+    (tmp_path / "c.jsonl").write_bytes(jsonl(odd))
     sources, indexes, _ = laid_out(tmp_path)
     assert [index.ids is None for index in indexes] == [False, True, False]
-    assert find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist() == [3, 5, 10]
+    assert find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist() == [3, 5, 19]
     assert list(id_arrays(sources[1:2], indexes[1:2])) == []
 
 
