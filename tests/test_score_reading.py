@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_odd_csv(tmp_path: Path) -> None:
     for content in (b"", b"id,prompt\n", b"id,prompt"):
         path.write_bytes(content)
         assert read_all(path) == []
+
+
+BITS = st.sampled_from(
+    [b"\n", b"\r", b"\r\n", b'"', b",", b"a", b" ", b"\xff", b"\xef\xbb\xbf", b"\0", b'{"id":1}', b"[]", b"\xc2\x85"]
+)
+
+
+@given(st.lists(BITS, max_size=40).map(b"".join), st.sampled_from(["jsonl", "csv"]), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_blocks_of_any_size_see_the_same_rows(data: bytes, kind: str, block_rows: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind}"
+        path.write_bytes(data)
+        whole = read_all(path)
+        assert read_all(path, block_rows=block_rows) == whole
+        assert read_all(path, block_bytes=1) == whole
+        Path(f"{path}.gz").write_bytes(gzip.compress(data))
+        assert read_all(f"{path}.gz", block_rows=block_rows) == whole
 
 
 def test_a_row_beyond_memory_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,8 +492,6 @@ def hashes(values: Sequence[str]) -> np.ndarray:
 @given(st.lists(st.lists(st.sampled_from(["", "a", "b", "c", "d", "ee"]), max_size=12), max_size=6), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_the_first_row_keeps_an_id(parts: list[list[str]], spill: bool) -> None:
-    import tempfile
-
     flat = [value for part in parts for value in part]
     wanted = [n for n, value in enumerate(flat) if value and value in flat[:n]]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

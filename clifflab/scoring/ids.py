@@ -11,7 +11,7 @@ import numpy as np
 
 WIDTH = 16  # bytes of a hash
 NO_ID = bytes(WIDTH)  # a row whose id cannot be read; no text has this hash, but for a chance of 2**-128
-IN_MEMORY = 2_000_000  # rows; beyond, hashes are sorted into files first
+IN_MEMORY = 500_000  # rows; beyond, hashes are sorted into files first
 _BUCKETS = 256
 
 
