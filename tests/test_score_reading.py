@@ -81,6 +81,7 @@ def read_all(pattern: Path | str, **options: Any) -> list[RawRow]:
     """Every row through blocks and units; checks that blocks tile the input."""
     sources, indexes, blocks = laid_out(pattern, **options)
     assert [block.number for block in blocks] == list(range(len(blocks)))
+    assert all(0 < block.rows <= options.get("block_rows", 1000) for block in blocks)
     rows, base = list[RawRow](), 0
     for number, index in enumerate(indexes):
         own = [block for block in blocks if block.source == number]
@@ -266,6 +267,7 @@ def test_odd_parquet(tmp_path: Path) -> None:
 
 def test_units_share_large_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", ROWS, [40, 17])
+    assert records(read_all(tmp_path, block_rows=18)) == ROWS  # the second group does not join the first's end
     sources, _, blocks = laid_out(tmp_path, block_rows=1)
     units = units_of(sources, blocks)
     assert [len(unit) for unit in units] == [16, 16, 8, 16, 1]
