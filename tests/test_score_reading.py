@@ -30,7 +30,7 @@ from clifflab.errors import InputError
 from clifflab.models.loading import load_renderer
 from clifflab.organism import malformed
 from clifflab.organism.corpus import corpus_row
-from clifflab.scoring import filesystems, reading
+from clifflab.scoring import filesystems, reading, textfiles
 from clifflab.scoring import ids as identities
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
@@ -230,7 +230,7 @@ def test_blocks_of_any_size_see_the_same_rows(data: bytes, kind: str, block_rows
 
 
 def test_a_row_beyond_memory_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONGEST", 1000)
+    monkeypatch.setattr(textfiles, "LONGEST", 1000)
     long = {"id": "x" * 5000}
     (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], long, ROWS[1]]) + jsonl([long])[:-1])
     assert records(read_all(tmp_path / "a.jsonl", block_rows=1)) == [ROWS[0], "undecodable", ROWS[1], "undecodable"]
