@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from clifflab.scoring.prepare import Preparer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,10 +30,11 @@ from clifflab.errors import InputError
 from clifflab.models.loading import load_renderer
 from clifflab.organism import malformed
 from clifflab.organism.corpus import corpus_row
-from clifflab.scoring import filesystems, reading
+from clifflab.scoring import filesystems, reading, textfiles
 from clifflab.scoring import ids as identities
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
+from clifflab.scoring.prepare import Preparer
 from clifflab.scoring.reading import read_unit
 from clifflab.scoring.sources import find_sources
 from clifflab.scoring.types import Block, RawRow, Source
@@ -80,6 +81,7 @@ def read_all(pattern: Path | str, **options: Any) -> list[RawRow]:
     """Every row through blocks and units; checks that blocks tile the input."""
     sources, indexes, blocks = laid_out(pattern, **options)
     assert [block.number for block in blocks] == list(range(len(blocks)))
+    assert all(0 < block.rows <= options.get("block_rows", 1000) for block in blocks)
     rows, base = list[RawRow](), 0
     for number, index in enumerate(indexes):
         own = [block for block in blocks if block.source == number]
@@ -209,8 +211,26 @@ def test_odd_csv(tmp_path: Path) -> None:
         assert read_all(path) == []
 
 
+BITS = st.sampled_from(
+    [b"\n", b"\r", b"\r\n", b'"', b",", b"a", b" ", b"\xff", b"\xef\xbb\xbf", b"\0", b'{"id":1}', b"[]", b"\xc2\x85"]
+)
+
+
+@given(st.lists(BITS, max_size=40).map(b"".join), st.sampled_from(["jsonl", "csv"]), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_blocks_of_any_size_see_the_same_rows(data: bytes, kind: str, block_rows: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind}"
+        path.write_bytes(data)
+        whole = read_all(path)
+        assert read_all(path, block_rows=block_rows) == whole
+        assert read_all(path, block_bytes=1) == whole
+        Path(f"{path}.gz").write_bytes(gzip.compress(data))
+        assert read_all(f"{path}.gz", block_rows=block_rows) == whole
+
+
 def test_a_row_beyond_memory_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONGEST", 1000)
+    monkeypatch.setattr(textfiles, "LONGEST", 1000)
     long = {"id": "x" * 5000}
     (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], long, ROWS[1]]) + jsonl([long])[:-1])
     assert records(read_all(tmp_path / "a.jsonl", block_rows=1)) == [ROWS[0], "undecodable", ROWS[1], "undecodable"]
@@ -247,6 +267,7 @@ def test_odd_parquet(tmp_path: Path) -> None:
 
 def test_units_share_large_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", ROWS, [40, 17])
+    assert records(read_all(tmp_path, block_rows=18)) == ROWS  # the second group does not join the first's end
     sources, _, blocks = laid_out(tmp_path, block_rows=1)
     units = units_of(sources, blocks)
     assert [len(unit) for unit in units] == [16, 16, 8, 16, 1]
@@ -312,15 +333,19 @@ def test_what_an_input_stands_for(tmp_path: Path) -> None:
         ("none.jsonl", "no file matches"), ("none/*.jsonl", "no file matches"), ("*.parquet", "no file matches"),
         ("a.txt", "unknown kind of file"), ("*.txt", "no file of a known kind"), ("a.json", "one object a line"),
         ("b.jsonl.bz2", "unknown kind of file"), ("b*", "unknown kind of file"), ("b.parquet.gz", "unknown kind"),
-        ("empty", "no file matches"),
+        ("empty", "no file matches"), ("bad/*", "name is not UTF-8"), ("bad/a\udcff.csv", "name is not UTF-8"),
     ],
 )  # fmt: skip
 def test_inputs_that_are_none(pattern: str, problem: str, tmp_path: Path) -> None:
     for name in ("a.txt", "a.json", "b.jsonl.bz2", "b.parquet.gz"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a\udcff.csv").touch()
     with pytest.raises(InputError, match=rf"^--input: .*{problem}"):
         find_sources(f"{tmp_path}/{pattern}")
+    with pytest.raises(InputError, match="names nothing"):
+        find_sources("")
 
 
 # ---- elsewhere
@@ -411,6 +436,16 @@ def test_fsspec_reads_as_the_disk_does(tmp_path: Path) -> None:
             find_sources(pattern)
 
 
+def test_addresses_on_the_web(tmp_path: Path) -> None:
+    objects = files_of_every_kind(tmp_path)
+    with bucket(objects) as (endpoint, _):
+        for name in objects:
+            rows = read_all(f"{endpoint}/corpus/{name}", block_rows=25)
+            assert records(rows) == records(read_all(tmp_path / name, block_rows=25))
+        with pytest.raises(InputError, match=r"^--input: http://"):
+            find_sources(f"{endpoint}/corpus/none.csv")
+
+
 def test_saved_and_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -459,8 +494,6 @@ def hashes(values: Sequence[str]) -> np.ndarray:
 @given(st.lists(st.lists(st.sampled_from(["", "a", "b", "c", "d", "ee"]), max_size=12), max_size=6), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_the_first_row_keeps_an_id(parts: list[list[str]], spill: bool) -> None:
-    import tempfile
-
     flat = [value for part in parts for value in part]
     wanted = [n for n, value in enumerate(flat) if value and value in flat[:n]]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -475,12 +508,12 @@ def test_derived_ids_may_be_taken(tmp_path: Path) -> None:
     """An id of its own that looks like another row's derived id: the first in the input's order keeps it."""
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "b.jsonl:1"}, {"id": None}, {"x": 1}, {"id": "a.jsonl:2"}]))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"x": 1}, {"x": 2}]))
-    (tmp_path / "c.jsonl").write_bytes(
-        jsonl([{"id": True}, {"id": 1.5}, {"id": " "}, {"id": 7}]) + b'{"id": "7"}\n[7]\n'
-    )
+    unusable: list[Any] = [True, 1.5, " ", [7], {}, "\ud83d"]
+    odd: list[Any] = [*({"id": value} for value in [*unusable, *unusable, 7, "7"]), [7]]
+    (tmp_path / "c.jsonl").write_bytes(jsonl(odd))
     sources, indexes, _ = laid_out(tmp_path)
     assert [index.ids is None for index in indexes] == [False, True, False]
-    assert find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist() == [3, 5, 10]
+    assert find_duplicates(id_arrays(sources, indexes), tmp_path / "scratch").tolist() == [3, 5, 19]
     assert list(id_arrays(sources[1:2], indexes[1:2])) == []
 
 

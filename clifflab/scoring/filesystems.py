@@ -61,7 +61,10 @@ def locate(path: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), local_path(path)
     rest = path.partition("://")[2].rstrip("/")
     anonymous = rest.startswith("anonymous@")
-    return _remote(scheme, anonymous), rest.removeprefix("anonymous@")
+    filesystem = _remote(scheme, anonymous)
+    if scheme.startswith("http"):  # whose paths are whole addresses
+        return filesystem, path
+    return filesystem, rest.removeprefix("anonymous@")
 
 
 @lru_cache(maxsize=16)
@@ -109,7 +112,7 @@ def reading(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, UnicodeError):
         raise
     except FileNotFoundError as error:
         raise InputError(FIELD, path, f"no such file or bucket ({_short(error)})", _remedy(path)) from None

@@ -11,13 +11,13 @@ import numpy as np
 
 WIDTH = 16  # bytes of a hash
 NO_ID = bytes(WIDTH)  # a row whose id cannot be read; no text has this hash, but for a chance of 2**-128
-IN_MEMORY = 2_000_000  # rows; beyond, hashes are sorted into files first
+IN_MEMORY = 500_000  # rows; beyond, hashes are sorted into files first
 _BUCKETS = 256
 
 
 def hash_id(identity: str) -> bytes:
     """Sixteen bytes that stand for an id."""
-    return hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=WIDTH).digest()
+    return hashlib.blake2b(identity.encode(), digest_size=WIDTH).digest()
 
 
 def derived_id(name: str, row: int) -> str:
@@ -28,14 +28,17 @@ def derived_id(name: str, row: int) -> str:
 def hash_of(value: Any, name: str, row: int) -> bytes:
     """Hash of a row's id: of its own, of the derived one where it brings none, :data:`NO_ID` where it is unusable.
 
-    What counts as an id is as in :mod:`clifflab.data.prompts`: any value but truth values, fractions and blanks.
+    What counts as an id is as in :func:`clifflab.data.prompts.row_id`.
     """
     if value is None:
         return hash_id(derived_id(name, row))
-    if isinstance(value, bool | float):
+    if isinstance(value, bool | float | list | dict | bytes):
         return NO_ID
     text = str(value)
-    return hash_id(text) if text.strip() else NO_ID
+    try:
+        return hash_id(text) if text.strip() else NO_ID
+    except UnicodeEncodeError:
+        return NO_ID
 
 
 def as_array(hashes: bytes | bytearray) -> np.ndarray:

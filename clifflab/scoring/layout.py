@@ -10,7 +10,8 @@ import numpy as np
 
 from clifflab.scoring.filesystems import reading
 from clifflab.scoring.ids import NO_ID, as_array, derived_id, hash_id, hash_of
-from clifflab.scoring.reading import TextReader, open_dataset, open_parquet, raw_rows
+from clifflab.scoring.reading import open_dataset, open_parquet, raw_rows
+from clifflab.scoring.textfiles import TextReader
 from clifflab.scoring.types import Block, Source
 
 BLOCK_BYTES = 8 << 20  # of text in a block, at most about this much (a single row may be longer)

@@ -37,13 +37,18 @@ def find_sources(pattern: str) -> list[Source]:
     """
     if pattern.startswith("hf:") and not pattern.startswith("hf://"):
         return [_hub(pattern)]
+    if not pattern.strip():
+        raise InputError(FIELD, pattern, "names nothing", f"give a path, a folder or a glob: {_KNOWN}")
     scheme = scheme_of(pattern)
-    with reading(pattern):
-        filesystem, path = locate(pattern)
-        prefix = pattern[: pattern.index("://") + 3] if scheme else ""
-        if scheme and pattern[len(prefix) :].startswith("anonymous@"):
-            prefix += "anonymous@"
-        found = _search(filesystem, path, prefix)
+    prefix = pattern[: pattern.index("://") + 3] if scheme else ""
+    if scheme and pattern[len(prefix) :].startswith("anonymous@"):
+        prefix += "anonymous@"
+    try:
+        with reading(pattern):
+            found = _search(*locate(pattern), prefix)
+    except UnicodeError:
+        shown = pattern.encode(errors="backslashreplace").decode()
+        raise InputError(FIELD, shown, "a file's name is not UTF-8", "rename it: names become part of ids") from None
     if not found:
         raise InputError(FIELD, pattern, "no file matches", f"give a path, a folder or a glob: {_KNOWN}")
     return found
@@ -113,12 +118,9 @@ def _file(info: Any, name: str, prefix: str) -> Source:
     if known is None:
         remedy = "write one object a line, as .jsonl" if info.base_name.lower().endswith(".json") else f"give {_KNOWN}"
         raise InputError(FIELD, prefix + info.path, "unknown kind of file", remedy)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise InputError(FIELD, os.fsencode(name), "the file's name is not UTF-8", "rename it") from None
     changed = "" if info.mtime_ns is None else str(info.mtime_ns)
-    return Source(prefix + info.path, name, *known, size=info.size or 0, changed=changed)
+    path = info.path if scheme_of(info.path) else prefix + info.path
+    return Source(path, name, *known, size=info.size or 0, changed=changed)
 
 
 def _saved(path: str) -> Source:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from clifflab.config import COLUMN_ROLES, PromptSet
+from clifflab.data.prompts import PROMPT_COLUMNS
 from clifflab.models.loading import load_renderer
 from clifflab.models.sizes import model_sizes
 from clifflab.scoring.ids import sampled
@@ -46,6 +48,11 @@ class Corpus:
             check_columns(raw[:_CHECKED], self.job.rows, "--column")
 
 
+def columns_of(rows: PromptSet) -> tuple[str, ...]:
+    """Columns that rows may be read from; those of a Parquet file that are not among them stay on the disk."""
+    return (*PROMPT_COLUMNS, *(rows.columns.get(role, role) for role in COLUMN_ROLES))
+
+
 class UnitPreparer:
     """Reads and prepares units.
 
@@ -61,7 +68,7 @@ class UnitPreparer:
     def __call__(self, unit: Sequence[Block]) -> Iterator[Prepared]:
         """Prepared blocks of a unit, in order."""
         job, source = self._corpus.job, self._corpus.sources[unit[0].source]
-        for block, raw in read_unit(source, unit):
+        for block, raw in read_unit(source, unit, columns_of(job.rows)):
             first, last = np.searchsorted(self._duplicates, (block.base + block.start, block.base + block.stop))
             twice = set(self._duplicates[first:last].tolist())
             if job.sample is not None:
