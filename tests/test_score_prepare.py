@@ -77,8 +77,8 @@ def test_traces_are_those_of_the_plain_way(planted: Renderer) -> None:
 BITS = (
     "hello", " Sorry, I cannot.", "\u00e9", "e\u0301", "\U0001f469\u200d\U0001f52c", "\U0001f44d\U0001f3fd", "\u0301",
     "\ufffd", "  ", "\n", "\r\n", "\n\n", "\t", "\x00", "\u3000", "\u00a0", "\ufeff", "\u202e", "\u0646\u0635",
-    "\u4f60\u597d", "\u0130", "<think>", "</think>", "</thi", "<", "<|im_end|>", "<|end|>", "<|im_start|>answer", "<unk>",
-    "\u2581", "\u0120", "x" * 400,
+    "\u4f60\u597d", "\u0130", "<think>", "</think>", "</thi", "<", "<|im_end|>", "<|end|>", "<|im_start|>answer",
+    "</THINK>", "<unk>", "\u2581", "\u0120", "x" * 400,
 )  # fmt: skip
 
 
@@ -151,8 +151,8 @@ def fallback_tokenizer() -> Any:
 def test_quick_rendering_of_other_tokenizers() -> None:
     """Bytes that are spread over tokens, a normaliser, a decoder that tells nothing, a template that refuses."""
     for form in (FORMATS["r1"], replace(FORMATS["r1"], close_text="</think>")):
-        quick = compare(Renderer(fallback_tokenizer(), form), nasty(random.Random(3)) * 2)
-        assert 0 < quick.plain < 120
+        traces = [*nasty(random.Random(3)), (chat("x"), "\ufffd", "a")]
+        assert 0 < compare(Renderer(fallback_tokenizer(), form), traces).plain < len(traces)
     composing, lowering, unknown, strict = (family_tokenizer.__wrapped__("qwq", "pieces") for _ in range(4))
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
