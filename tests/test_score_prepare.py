@@ -15,7 +15,7 @@ from clifflab.config import ModelSpec, PromptSet, ScoreConfig, TracesConfig
 from clifflab.errors import InputError, TraceError
 from clifflab.organism.corpus import corpus_rows
 from clifflab.organism.tokenizer import build_tokenizer
-from clifflab.science.judges import judge
+from clifflab.science.judges import judge, loop_period
 from clifflab.scoring.generate import complete
 from clifflab.scoring.prepare import Preparer, check_columns
 from clifflab.scoring.ready import spans_of_ready, traces_table
@@ -282,6 +282,29 @@ def test_missing_columns() -> None:
     check_columns([RawRow(0, {"messages": [*chat("how?"), {"role": "assistant", "content": "no"}]})], SPEC)
     check_columns([RawRow(0, {"a": 1}), RawRow(1, {"prompt": "x", "response": "y"})], SPEC)  # a row's own fault
     check_columns([rows[1]], SPEC)  # nothing can be told of a corpus of broken lines
+
+
+def test_texts_without_a_loop_are_known_by_their_pairs_of_words() -> None:
+    """The short cut of :func:`loop_period` against the definition."""
+
+    def plain(words: list[str], longest: int = 32, repeats: int = 5) -> int:
+        for period in range(1, min(longest, len(words) // repeats) + 1):
+            same = "".join("x" if a == b else " " for a, b in zip(words[period:], words, strict=False))
+            best = max(map(len, same.split(" ")))
+            if best >= (repeats - 1) * period and 2 * (best + period) >= len(words):
+                return period
+        return 0
+
+    rng, found = random.Random(5), []
+    for _ in range(1500):
+        period = rng.randint(1, 40)
+        loop = [f"w{i}" for i in range(period)] * rng.randint(1, 12)
+        other = [f"v{rng.randint(0, 9 ** rng.randint(1, 4))}" for _ in range(rng.randint(0, len(loop) + 4))]
+        cut = rng.randint(0, len(other))
+        words = [*other[:cut], *loop[: rng.randint(0, len(loop))], *other[cut:]]
+        found.append(loop_period(words))
+        assert found[-1] == plain(words), words
+    assert 0.1 < found.count(0) / len(found) < 0.9
 
 
 @pytest.fixture(scope="module")
