@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 Outcome = Literal["refused", "complied", "unclosed", "degenerate"]
@@ -233,7 +234,12 @@ def loop_period(words: list[str], longest: int = 32, repeats: int = 5) -> int:
 
     A loop is a stretch of words that repeats what stood ``period`` words before, at least ``repeats`` times over.
     """
-    for period in range(1, min(longest, len(words) // repeats) + 1):
+    # A loop of L words has at most `longest` different pairs of neighbours, and the rest of the text one for each word.
+    # Half of the words or more being L, most texts have too many for any loop.
+    longest = min(longest, len(words) // repeats)
+    if 2 * len(set(pairwise(words))) > 2 * longest + len(words):
+        return 0
+    for period in range(1, longest + 1):
         run = best = 0
         for here, before in zip(words[period:], words, strict=False):
             run = run + 1 if here == before else 0

@@ -42,6 +42,9 @@ class BatchRenderer:
     def __init__(self, renderer: Renderer) -> None:
         self.renderer, self.plain = renderer, 0
         self._kind = decoder_kind(renderer.tokenizer)
+        vocabulary = renderer.tokenizer.get_vocab() if self._kind == "fallback" else {}
+        # Tokens that are one byte of a longer character.
+        self._split = frozenset(vocabulary[t] for byte in range(0x80, 0x100) if (t := f"<0x{byte:02X}>") in vocabulary)
 
     def prompts(self, conversations: Sequence[Messages]) -> list[list[int] | TraceError]:
         """Chat prefixes as token ids, or why one cannot be rendered, in their order."""
@@ -102,8 +105,7 @@ class BatchRenderer:
             encodings = backend.encode_batch(run, add_special_tokens=False)
             decoded = backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
             for text, encoding, back in zip(run, encodings, decoded, strict=True):
-                sure = back == text and (self._kind != "fallback" or text.isascii())
-                yield encoding if sure else None
+                yield encoding if back == text and self._split.isdisjoint(encoding.ids) else None
 
     def _join(self, prefix: list[int], body: str, encoding: Any, trace: Trace) -> Rendered | TraceError:
         """A trace from its tokenised parts; ``encoding`` is ``None`` where the plain way has to look."""
@@ -162,8 +164,8 @@ def decoder_kind(tokenizer: Any) -> Decoder:
     """Whether the first tokens of a text decode to its beginning, as the tokenizer's decoder says.
 
     Returns:
-        ``bytes``: they do, byte by byte. ``pieces``: they do, and a space may be put before a text. ``fallback``: they
-        do where every character is one byte. Empty: not known.
+        ``bytes``: they do, byte by byte. ``pieces``: they do, and a space may be put before a text. ``fallback``: the
+        same, as long as no character is cut into bytes. Empty: not known.
     """
     from transformers import PreTrainedTokenizerFast as Plain
 

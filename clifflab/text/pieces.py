@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clifflab.text.spans import Decode
-
-_BROKEN = "\ufffd"
-_LONGEST = 4  # bytes of a character, and so the most tokens that one can take
+from clifflab.text.spans import BROKEN, LONGEST, Decode
 
 
 def token_pieces(ids: Sequence[int], decode: Decode) -> list[str]:
@@ -24,7 +21,7 @@ def token_pieces(ids: Sequence[int], decode: Decode) -> list[str]:
     context = done = 0
     for end in range(1, len(ids) + 1):
         before, text = decode(ids[context:done]) if done else "", decode(ids[context:end])
-        if text.endswith(_BROKEN) and end < len(ids) and end - done < _LONGEST:
+        if text.endswith(BROKEN) and end < len(ids) and end - done < LONGEST:
             pieces.append("")
             continue
         pieces.append(text[len(before) :])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from clifflab.text.formats import ThinkingFormat
 
 Decode = Callable[[Sequence[int]], str]
+BROKEN = "\ufffd"
+LONGEST = 4  # bytes of a character, and so the most tokens that one can take
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,31 @@ def find_spans(prefix_ids: Sequence[int], completion_ids: Sequence[int], form: T
     def length(count: int) -> int:
         """Characters of the first ``count`` tokens; searches share their probes."""
         if count not in lengths:
-            lengths[count] = len(decode(ids[:count]))
+            lengths[count] = _covered(ids, count, text, decode)
         return lengths[count]
 
     def token_at(char: int) -> int:
-        """Index of the token that holds (the first byte of) character ``char``; ``len(ids)`` past the end.
-
-        A prefix that ends inside a character decodes to one replacement character, which stands for it.
-        """
+        """Index of the token that holds (the first byte of) character ``char``; ``len(ids)`` past the end."""
         return _first(len(ids), lambda k: length(k + 1) > char)
 
     return place_spans(text, form, start, len(ids), token_at)
+
+
+def _covered(ids: list[int], count: int, text: str, decode: Decode) -> int:
+    """Characters of ``text``, which the ids decode to, that the first ``count`` ids hold, or hold the first byte of.
+
+    Ids that end inside a character decode to a replacement character that stands for it. Byte fallback writes one for
+    every byte, those of the characters before it among them.
+    """
+    part = decode(ids[:count])
+    if not part.endswith(BROKEN) or text.startswith(part):
+        return len(part)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(part, text, strict=False)))
+    for whole in range(count - 1, max(0, count - LONGEST), -1):
+        if text.startswith(before := decode(ids[:whole])):
+            same = max(same, len(before))
+            break
+    return same + 1
 
 
 def place_spans(text: str, form: ThinkingFormat, start: int, count: int, token_at: Callable[[int], int]) -> Spans:
