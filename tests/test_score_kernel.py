@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
+from clifflab import tables
+from clifflab.artifacts import file_hash
+from clifflab.errors import InputError
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.kernel import Kernel
 from clifflab.scoring.measures import Found
-from clifflab.scoring.plain import score_plain
-from clifflab.scoring.probes import Probe, ProbeFile, ProbeSet
+from clifflab.scoring.plain import plain_logits, score_plain
+from clifflab.scoring.probes import Probe, ProbeFile, ProbeSet, check_probes, load_probes
+from clifflab.scoring.table import inputs_of, scored_table
+from clifflab.stages.corpus_cliff import cliff_rows
 from clifflab.text.spans import Spans
 from tests.test_sweeps import ARCHITECTURES, tiny
 
 WINDOW = (0.5, 0.9)
+SPANS = ("prefix_end", "thinking_start", "closing_start", "response_start")
 # Prefix, thinking, closing and response tokens: empty windows, no thinking, no closing tokens, equal lengths.
-SHAPES = ((9, 20, 4, 3), (5, 26, 2, 0), (5, 1, 2, 6), (4, 0, 3, 2), (6, 0, 0, 4), (1, 2, 1, 1), (9, 20, 4, 1), (3, 40, 1, 2),
-          (8, 21, 4, 3), (1, 0, 0, 1))  # fmt: skip
+SHAPES = ((9, 20, 4, 3), (5, 26, 2, 0), (5, 1, 2, 6), (4, 0, 3, 2), (6, 0, 0, 4), (1, 2, 1, 1), (9, 20, 4, 1),
+          (3, 40, 1, 2), (8, 21, 4, 3), (1, 0, 0, 1))  # fmt: skip
 
 
 def traces(shapes: Any = SHAPES, seed: int = 0) -> tuple[list[list[int]], list[Spans]]:
@@ -68,12 +80,204 @@ def test_kernel_equals_plain(name: str) -> None:
     for layers in ((1,), (2, 0, 2, 1)):
         probes = probe_set(loaded.d_model, layers)
         plain = score_plain(loaded, probes, WINDOW, ids, spans)
-        assert np.isnan(plain.measures).any() and np.nanstd(plain.measures) > 0.1
+        assert np.isnan(plain.measures).any()
+        assert np.nanstd(plain.measures) > 0.1
         for mode, budget in (("packed", None), ("packed", 64), ("padded", None), ("padded", 64), ("auto", 1)):
             kernel = Kernel(loaded, probes, WINDOW, budget, mode)  # type: ignore[arg-type]
             assert kernel.mode == ("packed" if mode == "auto" else mode)
             found = kernel.score(ids, spans)
             assert off(found, plain) < 1e-4, (mode, budget)
-            assert found.padding_share < 0.05 and (mode == "padded" or not found.padding)
+            assert found.padding_share < (0.05 if mode == "padded" else 1e-9)
     assert torch.equal(loaded.model(torch.tensor([ids[0]])).logits, before)
     assert state_of(loaded) == state
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_memory_that_runs_out_halves_the_budget(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny("llama")
+    probes = probe_set(loaded.d_model, (1,))
+    ids, spans = traces()
+    kernel = Kernel(loaded, probes, WINDOW, 400, mode)
+    lengths = [span.response_start for span in spans]
+    most = sorted(lengths)[-2]  # the longest trace does not fit at all
+    body, failed = type(loaded.body).forward, []
+
+    def forward(self: Any, input_ids: torch.Tensor, **others: Any) -> Any:
+        if input_ids.numel() > most:
+            failed.append(input_ids.numel())
+            if len(failed) % 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+        return body(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(type(loaded.body), "forward", forward)
+    found = kernel.score(ids, spans)
+    longest = lengths.index(max(lengths))
+    assert [n for n, problem in enumerate(found.problem) if problem] == [longest]
+    assert found.problem[longest] == "too_long"
+    assert kernel.budget < 400
+    failed.clear()
+    again = kernel.score(ids[:longest], spans[:longest])
+    assert kernel.budget >= most or not failed
+    monkeypatch.undo()
+    plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    kept = [n for n in range(len(ids)) if n != longest]
+    assert np.nanmax(np.abs(found.measures[kept] - plain.measures[kept])) < 1e-4
+    assert np.isnan(found.measures[longest]).all()
+    assert off(again, score_plain(loaded, probes, WINDOW, ids[:longest], spans[:longest])) < 1e-4
+    monkeypatch.setattr(type(loaded.body), "forward", lambda *a, **b: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # any other error is a bug, and stays one
+        kernel.score(ids, spans)
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_a_trace_that_is_not_finite_is_flagged_alone(mode: Any) -> None:
+    loaded = tiny("qwen2")
+    probes = probe_set(loaded.d_model, (2, 1))
+    ids, spans = traces()
+    ids[1][3] = 96  # a token that no other trace has
+    ids = [[token if n == 1 or token != 96 else 5 for token in row] for n, row in enumerate(ids)]
+    weight = loaded.model.get_input_embeddings().weight
+    kept = weight[96].clone()
+    try:
+        with torch.no_grad():
+            weight[96] = torch.nan
+        found = Kernel(loaded, probes, WINDOW, 100, mode).score(ids, spans)
+        plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    finally:
+        with torch.no_grad():
+            weight[96] = kept
+    assert [n for n, problem in enumerate(found.problem) if problem] == [1]
+    assert found.problem[1] == "not_finite"
+    assert np.isnan(found.measures[1]).all()
+    assert off(found, plain) < 1e-4
+
+
+def test_what_cannot_be_packed_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny("llama")
+    probes = probe_set(loaded.d_model, (1,))
+    monkeypatch.setattr("clifflab.scoring.packed.PackedAttention.apart", lambda self, lengths: nullcontext())
+    assert Kernel(loaded, probes, WINDOW).mode == "padded"  # traces that see each other
+    with pytest.raises(InputError, match=r"models.path: tiny-llama: cannot be packed \(states after block 1 differ"):
+        Kernel(loaded, probes, WINDOW, mode="packed")
+    monkeypatch.undo()
+    assert Kernel(loaded, probes, WINDOW).mode == "packed"
+
+
+def write_probes(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A model's folder of a study, as the stage ``probe`` leaves it."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Any] = {}
+    about: dict[str, Any] = {
+        "trained": True, "model": {"sha256": "a" * 64, "dtype": "float32"}, "template_hash": "t", "probes": {},
+    }  # fmt: skip
+    for key in ("all.logistic", "all.difference", "final.logistic"):
+        tensors[f"{key}.w"] = rng.standard_normal((3, 32)).astype(np.float32)
+        tensors[f"{key}.b"] = rng.standard_normal(3).astype(np.float32)
+        about["probes"][key] = {"reported_layer": 1 if key == "all.logistic" else 2}
+    save_file(tensors, folder / "probes.safetensors")
+    (folder / "probes.json").write_text(json.dumps({**about, **changes}))
+    return folder
+
+
+def test_probes_of_several_files_and_layers(tmp_path: Path) -> None:
+    one, two = write_probes(tmp_path / "one"), write_probes(tmp_path / "two", seed=1)
+    probes = load_probes([one, two / "probes.safetensors"], ["all", "all:logistic:every", "final", "all:difference:0"])
+    names = [file_hash(folder / "probes.safetensors")[:12] for folder in (one, two)]
+    keys = [("all", "logistic", 1), ("all", "logistic", 0), ("all", "logistic", 2), ("final", "logistic", 2)]
+    keys.append(("all", "difference", 0))
+    assert [(p.name, p.train_positions, p.estimator, p.layer) for p in probes.probes] == [
+        (name, *key) for name in names for key in keys
+    ]
+    assert [p.reported for p in probes.probes] == [True, False, False, True, False, *[False] * 5]
+    assert probes.layers == (0, 1, 2)
+    assert len({json.dumps(entry) for entry in probes.identity()}) == len(probes) == 10
+    check_probes(probes, {"sha256": "a" * 64, "dtype": "bfloat16"}, "t", 3, 32)
+    loaded = tiny("qwen3")  # every probe reads its own layer, in one pass
+    ids, spans = traces()
+    plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    assert off(Kernel(loaded, probes, WINDOW).score(ids, spans), plain) < 1e-4
+
+
+def test_bad_probes_are_one_line(tmp_path: Path) -> None:
+    good = write_probes(tmp_path / "good")
+    probes = load_probes([good], ["all:logistic:every"])
+    same = {"sha256": "a" * 64, "dtype": "float32"}
+    for given, line in (
+        (
+            ({"sha256": "b" * 64}, "t", 3, 32),
+            r"another model \(sha256 aaaaaaaaaaaa\) than --model \(sha256 bbbbbbbbbbbb",
+        ),
+        (({"hub": "x/y", "revision": "r"}, "t", 3, 32), r"another model \(sha256 a+\) than --model \(no sha256\)"),
+        (({**same, "adapter": "c"}, "t", 3, 32), r"another model \(no adapter\) than --model \(adapter c\)"),
+        ((same, "other", 3, 32), "another chat template"),
+        ((same, "t", 3, 64), "probes of width 32, where the model's residual stream has 64"),
+        ((same, "t", 2, 32), "reads layer 2, where the model has layers 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=f"^--probes: .*{line}"):
+            check_probes(probes, *given)
+    untrained = write_probes(tmp_path / "untrained", trained=False, reason="3 refused traces")
+    damaged = write_probes(tmp_path / "damaged")
+    (damaged / "probes.safetensors").write_bytes(b"12345678 no tensors")
+    broken = write_probes(tmp_path / "broken")
+    (broken / "probes.json").write_text("{")
+    nan = write_probes(tmp_path / "nan")
+    tensors = {**load_file(good / "probes.safetensors"), "all.logistic.b": np.full(3, np.nan, dtype=np.float32)}
+    save_file(tensors, nan / "probes.safetensors")
+    (tmp_path / "empty").mkdir()
+    for path, spec, line in (
+        (tmp_path / "none", "all", "no such file or folder"),
+        (tmp_path / "empty", "all", r"no such file \(probes.safetensors\)"),
+        (untrained, "all", r"no trained probes \(3 refused traces\)"),
+        (damaged, "all", "cannot be read"),
+        (broken, "all", "is damaged"),
+        (nan, "all", "is damaged"),
+        (good, "final:difference", "holds no probe final:difference; it has all:logistic, all:difference, final:l"),
+        (good, "all:logistic:3", r"holds no layer 3 \(asked for as all:logistic:3\); give layers 0 to 2"),
+    ):
+        with pytest.raises(InputError, match=f"^--probes: .*{line}"):
+            load_probes([path], [spec])
+
+
+def test_the_table_has_the_rows_of_the_stage(tmp_path: Path) -> None:
+    """Column by column what the study's own stage writes, for every probe."""
+    loaded = tiny("llama")
+    ids, spans = traces()
+    probes = probe_set(loaded.d_model, (1, 2))
+    found = score_plain(loaded, probes, WINDOW, ids, spans)
+    found.problem[3] = "not_finite"
+    rows = [
+        {
+            "row": 100 + n, "id": f"i{n}", "label": "harmful" if n % 2 else None, "group": f"g{n}",
+            "outcome": "refused", "token_ids": row, "cut_tokens": n, **{k: getattr(span, k) for k in SPANS},
+        }
+        for n, (row, span) in enumerate(zip(ids, spans, strict=True))
+    ]  # fmt: skip
+    ready = pa.Table.from_pylist(rows, schema=tables.READY)
+    for cut in (ready, pa.concat_tables([ready[:4], ready[4:]])):
+        again, borders = inputs_of(cut)
+        assert [list(row) for row in again] == ids
+        assert borders == spans
+        table = scored_table(cut, found, probes, "m", "corpus")
+    assert table.schema == tables.SCORED
+    got = table.to_pylist()
+    readers = SimpleNamespace(logistic=[("all", 0, 1), ("final", 0, 2)])
+    want = []
+    for n, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        if n == 3:
+            continue
+        logits = plain_logits(loaded, probes, ids[n], span)
+        trace = {
+            **row, "model": "m", "trace_id": f"corpus/i{n}#0", "sample": 0, "set": "corpus", "end": span.end,
+            "closed": True,
+        }  # fmt: skip
+        own = cliff_rows(trace, {"all": logits[:1], "final": logits[1:]}, readers, WINDOW)  # type: ignore[arg-type]
+        want += [{**one, "cut_tokens": n, "probe": "f" * 12} for one in own]
+    for one, other in zip(got, want, strict=True):
+        other |= {"train_positions": "all", "reported": one["layer"] == 1}
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], abs=1e-6), name
+    nothing = scored_table(ready[:0], score_plain(loaded, probes, WINDOW, [], []), probes, "m", "corpus")
+    assert nothing == tables.SCORED.empty_table()

@@ -1,7 +1,7 @@
 """The measures of many traces at once, from probe logits at just the positions that they need.
 
-Equal to :func:`clifflab.science.cliff.measure` trace by trace (SPEC section 3). Read are the window, the token before the
-closing tokens, the closing tokens and the final position; everything else of the forward pass is left alone.
+Equal to :func:`clifflab.science.cliff.measure` trace by trace (SPEC section 3). Read are the window, the token before
+the closing tokens, the closing tokens and the final position; everything else of the forward pass is left alone.
 
 Shape suffixes: N traces, R read positions of all traces side by side, C closing tokens of all traces side by side, Q
 probes, V the two scales (scores, then logits).
@@ -60,12 +60,11 @@ class Reads:
             tail = min(span.closing_start - (span.thinking_tokens > 0), span.final)
             rows[n] = span.thinking_start + start, count, tail, span.response_start - tail, span.closing_tokens
         thinks = np.fromiter((span.thinking_tokens > 0 for span in spans), dtype=bool, count=len(spans))
-        return cls(*rows.T, thinks)
+        return cls(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4], thinks)
 
     def take(self, chosen: Ints) -> Reads:
         """The reads of some of the traces."""
-        parts = (self.window_start, self.window, self.tail_start, self.tail, self.closing, self.thinks)
-        return Reads(*(part[chosen] for part in parts))
+        return Reads(**{name: part[chosen] for name, part in vars(self).items()})
 
     def positions(self, starts: Ints) -> Ints:
         """Read positions of all traces in a row of tokens, ``[R]``, each trace's first token being at ``starts``."""
@@ -171,7 +170,8 @@ def measure_reads(
 def ranges(firsts: Ints, counts: Ints) -> Ints:
     """``firsts[i], firsts[i] + 1, ...`` (``counts[i]`` of them), one run behind the other."""
     offsets = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) + np.repeat(firsts - offsets, counts)
+    row: Ints = np.arange(int(counts.sum())) + np.repeat(firsts - offsets, counts)
+    return row
 
 
 @lru_cache(maxsize=1 << 16)

@@ -36,9 +36,9 @@ class PackedAttention:
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        owners = (getattr(module, "config", None) for module in loaded.body.modules())
+        owners: list[Any] = [getattr(module, "config", None) for module in loaded.body.modules()]
         found = {id(config): config for config in owners if hasattr(config, "_attn_implementation_internal")}
-        self._configs = list(found.values())
+        self._configs: list[Any] = list(found.values())
         implementations = {config._attn_implementation_internal for config in self._configs}
         if len(implementations) != 1:
             raise ValueError(f"attention implementations {implementations}")
@@ -101,13 +101,13 @@ def _attention(
     state = _ACTIVE[-1]
     if not isinstance(attention_mask, _Mask):
         raise TypeError("the model makes its own attention mask")
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(state.own, eager)
     parts = []
     for start, count, length in state.runs:
         # All runs are views: nothing is copied on the way in.
         q, k, v = (
-            part[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            part[0, :, start : start + count * length].view(part.shape[1], count, length, -1).transpose(0, 1)
             for part in (query, key, value)
         )
         out_RLNS = own(module, q, k, v, attention_mask.of(length), **others)[0]

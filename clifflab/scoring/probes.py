@@ -197,10 +197,7 @@ def _chosen(
     if key not in reported:
         remedy = f"it has {', '.join(name.replace('.', ':') for name in reported)}"
         raise InputError(FIELD, file.path, f"holds no probe {key.replace('.', ':')}", remedy)
-    if layer == "every":
-        layers = list(range(file.layers))
-    else:
-        layers = [int(layer) if layer else reported[key]]
+    layers = list(range(file.layers)) if layer == "every" else [int(layer) if layer else reported[key]]
     if not 0 <= layers[0] <= layers[-1] < file.layers:
         problem = f"holds no layer {layers[-1]} (asked for as {spec})"
         raise InputError(FIELD, file.path, problem, f"give layers 0 to {file.layers - 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ def inputs_of(ready: pa.Table) -> tuple[list[npt.NDArray[np.int32]], list[Spans]
     ready = ready.combine_chunks()
     lists: Any = ready["token_ids"].chunk(0) if ready["token_ids"].num_chunks else pa.array([], pa.list_(pa.int32()))
     offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
-    ids = [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    ids = [values[start:stop] for start, stop in pairwise(offsets)]
     names = ("prefix_end", "thinking_start", "closing_start", "response_start")
-    borders = zip(*(ready[name].to_pylist() for name in names), strict=True)
-    spans = [Spans(*row, end=max(len(own), row[-1]), closed=True) for row, own in zip(borders, ids, strict=True)]
+    rows: Any = zip(*(ready[name].to_pylist() for name in names), ids, strict=True)
+    spans = [Spans(*borders, end=len(own), closed=True) for *borders, own in rows]
     return ids, spans
 
 
