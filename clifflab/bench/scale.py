@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import output_error, remove
-from clifflab.bench.exactly_once import Counted, check_results
+from clifflab.bench.exactly_once import Counted, check_results, read_planted
 from clifflab.bench.processes import Family, Memory, can_measure
 from clifflab.bench.records import UnequalResultsError
 from clifflab.errors import ClifflabError, InputError, shorten
-from clifflab.organism.malformed import read_planted
 
 _EVERY = 0.5  # seconds between two looks at the memory
 _SHARE = 0.04  # of a core that looking may take: what is measured shares the cores
@@ -180,7 +179,7 @@ def bench_scale(settings: ScaleBench, note: Callable[[str], None]) -> tuple[list
 def write_corpus(settings: ScaleBench, rows: int, note: Callable[[str], None]) -> Path:
     """The practice corpus of a size, written unless it is there."""
     corpus = settings.work / f"corpus-{rows}-{settings.malformed:g}-{settings.seed}.jsonl"
-    if corpus.is_file() and read_planted(corpus, missing_ok=True) is not None:
+    if corpus.is_file() and Path(f"{corpus}.malformed.json").is_file():
         note(f"{rows:,} rows: {corpus} is there")
         return corpus
     note(f"{rows:,} rows: writing {corpus}")
