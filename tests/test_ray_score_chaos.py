@@ -22,17 +22,8 @@ def disturbed(cli: Cli, forkserver: Server, folder: Path, rows: int, block: int,
     probes, corpus = write_probes(folder / "probes"), folder / "corpus.jsonl"
     made = cli("organism", "corpus", "--rows", str(rows), "--malformed", "0.02", "--out", str(corpus), timeout=900)
     assert made.returncode == 0, made.stderr
-    common = [
-        "score",
-        "--model",
-        PLANTED.path,
-        "--probes",
-        str(probes),
-        "--input",
-        str(corpus),
-        "--block-rows",
-        str(block),
-    ]
+    common = ["score", "--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus)]
+    common += ["--block-rows", str(block)]
     quiet = cli(*common, "--output", str(folder / "quiet"), "--runtime", "inline", timeout=plan.limit)
     assert quiet.returncode == 0, quiet.stderr
     root = folder / "scores"
@@ -49,11 +40,8 @@ def check_account(account: Account, root: Path, plan: Plan) -> None:
     log = events(root)
     begun = sum(event["begun"] for event in log if event["event"] in ("start", "end"))
     assert max(account.repeated()) <= plan.workers, account
-    assert (
-        sum(map(len, account.attempts.values()))
-        <= begun
-        <= plan.blocks + account.killed("worker") + plan.workers * len(plan.driver)
-    )
+    again = account.killed("worker") + plan.workers * account.killed("driver")
+    assert sum(map(len, account.attempts.values())) <= begun <= plan.blocks + again, account
     assert account.killed("worker") >= plan.kills, account
     assert account.killed("driver") == len(plan.driver)
     starts = [event["done"] for event in log if event["event"] == "start"]
