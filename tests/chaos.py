@@ -99,7 +99,7 @@ class Chaos:
         self._start, self._root, self._plan = start, root, plan
         self._random = random.Random(seed)
         self._families: list[Family] = []
-        self._seen: dict[str, int] = {}  # marks of the present run that are taken down
+        self._seen: dict[str, int] = {}  # marks at the last look
         self.account = Account()
 
     def run(self) -> Account:
@@ -116,7 +116,6 @@ class Chaos:
                 if not killed:
                     return self.account
                 left.pop(0)
-                self._seen.clear()
         finally:
             self._clear()
 
@@ -168,13 +167,15 @@ class Chaos:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def _look(self) -> None:
-        """Take down the marks of attempts: a byte each in a file for each block, cleared away by the job's end."""
+        """Take down the marks of attempts: a byte each in a file for each block; each run and the end clear them."""
+        sizes: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self._root / ".work" / "attempts") as files:
             for file in files:
                 with contextlib.suppress(FileNotFoundError):
-                    seen, size = self._seen.get(file.name, 0), file.stat().st_size
-                    self.account.attempts[file.name] += [time.time()] * (size - seen)
-                    self._seen[file.name] = size
+                    sizes[file.name] = file.stat().st_size
+        for name, size in sizes.items():
+            self.account.attempts[name] += [time.time()] * (size - self._seen.get(name, 0))
+        self._seen = sizes
 
     def _clear(self) -> None:
         """End what the killed drivers left; it ends by itself soon."""

@@ -51,8 +51,8 @@ def check_account(account: Account, root: Path, plan: Plan) -> None:
 
 
 def test_killed_worker_and_driver(cli: Cli, forkserver: Server, tmp_path: Path) -> None:
-    rows, block = 3_000, 10
-    plan = Plan(rows // block, WORKERS, driver=(0.5,), kills=2, every=0, apart=40, limit=240)
+    rows, block = 800, 4
+    plan = Plan(rows // block, WORKERS, driver=(0.5,), kills=1, every=0, apart=30, limit=300)
     account, root = disturbed(cli, forkserver, tmp_path, rows, block, plan)
     check_account(account, root, plan)
 
