@@ -108,6 +108,75 @@ def tune(json_file: str | None, threads: int | None, **settings: Any) -> None:
     _show([record.as_dict() for record in records], json_file)
 
 
+@command.command("scale")
+@click.option("--probes", required=True, metavar="PATH", help="A model's folder in a study's results.")
+@click.option("--model", default="organism:planted", show_default=True, metavar="MODEL", help="What scores.")
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows of a corpus; repeatable. [default: 100000, 1000000]",
+)
+@click.option(
+    "--malformed",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of rows that are spoilt.",
+)
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="As of score. [default: one per GPU, or core]")
+@click.option(
+    "--object-store", type=click.IntRange(min=80), default=512, show_default=True, metavar="MB", help="As of score."
+)
+@click.option(
+    "--work",
+    default="runs/scale",
+    show_default=True,
+    metavar="DIR",
+    help="Folder of the corpora, which are kept for the next time, and of the results.",
+)
+@click.option("--plot", metavar="FILE", help="Draw rows done and memory against time: .png, .svg or .pdf.")
+@JSON
+def scale(json_file: str | None, plot: str | None, rows: tuple[int, ...], work: str, **settings: Any) -> None:
+    """Score practice corpora of growing size with clifflab score: do speed and memory hold?
+
+    Every row must come out exactly once, and just the rows that were spoilt must be rejected, each for its reason; else
+    the command fails. Memory is that of the command, of Ray and of its workers (proportional set size: pages that
+    several processes share count once), looked at about twice a second.
+    """
+    from pathlib import Path
+
+    from clifflab.bench.scale import ScaleBench, bench_scale
+    from clifflab.bench.scale_plot import check_place, write_plot
+
+    place = check_place(Path(plot)) if plot else None
+    bench = ScaleBench(work=Path(work), rows=rows or (100_000, 1_000_000), **settings)
+    records, courses = bench_scale(bench, lambda line: click.echo(line, err=True))
+    if place:
+        write_plot(courses, place)
+    columns = {
+        "rows": lambda record: f"{record['rows']:,}",
+        "rejected": lambda record: f"{record['rejected']:,}",
+        "seconds": lambda record: f"{record['seconds']:,.1f}",
+        "rows/s": lambda record: f"{record['rows_per_second']:,.0f}",
+        "steady": lambda record: f"{record['steady_rows_per_second']:,.0f}",
+        "ratio": lambda record: f"{record['speed_ratio']:.2f}, {record['steady_speed_ratio']:.2f}",
+        "driver": lambda record: _mib(record["peak_driver_bytes"]),
+        "workers": lambda record: _mib(record["peak_workers_bytes"]),
+        "both": lambda record: _mib(record["peak_driver_and_workers_bytes"]),
+        "ratio of both": lambda record: f"{record['memory_ratio']:.2f}",
+        "all": lambda record: _mib(record["peak_memory_bytes"]),
+    }
+    title = "bench scale: every row once, rejects as planted; peak memory in MiB"
+    _print([record.as_dict() for record in records], json_file, title, columns)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
 def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
     first = records[0]
     title = f"bench {first['bench']}: {first['model']}, {first['dtype']}, {first['tokens']} tokens a trace"

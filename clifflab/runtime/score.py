@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clifflab.artifacts import HashCache, output_error, read_parquet, write_atomic, write_parquet
+from clifflab.artifacts import HashCache, output_error, read_parquet, remove, write_atomic, write_parquet
 from clifflab.errors import OutputError
 from clifflab.models.loading import absolute, load_renderer, model_identity, resolve_spec
 from clifflab.models.sizes import model_sizes
 from clifflab.runtime.progress import Counted
 from clifflab.scoring.commit import Receipt, clear_work, committed, finish
 from clifflab.scoring.ids import find_duplicates
-from clifflab.scoring.job import BLOCKS, DUPLICATES, EVENTS, HASHES, INDEX, Folder, Job
+from clifflab.scoring.job import ATTEMPTS, BLOCKS, DUPLICATES, EVENTS, HASHES, INDEX, Folder, Job
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
 from clifflab.scoring.probes import check_probes, load_probes
 from clifflab.scoring.sources import find_sources
@@ -143,7 +143,9 @@ def _work(
     left = [block for block, receipt in zip(blocks, done, strict=True) if receipt is None]
     wanted = {block.number for block in left}
     events = _Events(folder.root / EVENTS)
-    events.write("start", blocks=len(blocks), done=len(blocks) - len(left))
+    # Attempts count within a run: what kept failing may succeed with other settings, or more memory.
+    events.write("start", blocks=len(blocks), done=len(blocks) - len(left), begun=_attempts(folder))
+    remove(folder.work(ATTEMPTS))
     progress.begin(sum(block.rows for block in blocks), [receipt for receipt in done if receipt])
     if not left:
         return
@@ -152,9 +154,15 @@ def _work(
         for receipt in pool.run(job, folder.root, fingerprint, corpus, [unit for unit in units if unit]):
             events.block(receipt)
             progress.add(receipt)
-        events.write("end")
+        events.write("end", begun=_attempts(folder))
     finally:
         progress.end()
+
+
+def _attempts(folder: Folder) -> int:
+    """How often workers began a block since the last run began."""
+    place = folder.work(ATTEMPTS)
+    return sum(marks.stat().st_size for marks in place.iterdir()) if place.is_dir() else 0
 
 
 class _Events:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clifflab.artifacts import output_error
 from clifflab.errors import WorkerError
 from clifflab.models.forward import not_finite
 from clifflab.models.loading import LoadedModel, load
@@ -92,15 +92,20 @@ class BlockScorer:
 
         A block at which workers keep dying would otherwise be tried for ever.
         """
-        place = self._folder.work(ATTEMPTS)
-        place.mkdir(parents=True, exist_ok=True)
-        begun = len(list(place.glob(f"{block:08d}-*")))
+        place = self._folder.work(ATTEMPTS) / f"{block:08d}"
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("ab") as marks:  # a byte for each attempt
+                begun = marks.tell()
+                if begun < MAX_ATTEMPTS:
+                    marks.write(b".")
+        except OSError as error:
+            raise output_error(place, error) from None
         if begun >= MAX_ATTEMPTS:
             raise WorkerError(
                 f"score: block {block} was begun {begun} times and never finished: its workers died; look for a lack "
                 "of memory, lower --token-budget, and run again: it continues"
             )
-        (place / f"{block:08d}-{uuid.uuid4().hex[:12]}").touch()
 
 
 def _problems(ready: pa.Table, problems: Any, prepared: Prepared) -> list[Reject]:
