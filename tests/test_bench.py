@@ -77,3 +77,56 @@ def test_bad_options_are_one_line() -> None:
         bench_sweep(SweepBench(model="geometry:none"), lambda line: None)
     with pytest.raises(InputError, match="--tokens: 9000: the model reads 2048 tokens; give at most 2044"):
         bench_sweep(SweepBench(model="geometry:tiny", tokens=9000), lambda line: None)
+
+
+def test_bench_score_writes_records_and_prints_tables(tmp_path: Path) -> None:
+    file = tmp_path / "score.json"
+    args = ["score", "--traces", "5", "--shortest", "16", "--longest", "90", "--repeats", "2", "--json", str(file)]
+    for model in ("geometry:tiny", "organism:planted"):
+        args += ["--model", model]
+    result = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert result.exit_code == 0
+    records = json.loads(file.read_text())
+    assert [(record["model"], record["method"]) for record in records] == [
+        (model, method) for model in ("geometry:tiny", "organism:planted") for method in ("plain", "limit", "kernel")
+    ]
+    for first, record in [(records[i // 3 * 3], record) for i, record in enumerate(records)]:
+        assert list(record)[: len(KEYS)] == KEYS
+        assert (record["bench"], record["dtype"], record["traces"], record["repeats"]) == ("score", "float32", 5, 2)
+        assert record["layer"] == int(22 / 30 * (4 if record["model"] == "geometry:tiny" else 8))
+        assert record["max_abs_diff"] <= 1e-4
+        assert record["padding_share"] == 0
+        assert record["peak_share"] is None
+        assert record["ratio_to_plain"] == pytest.approx(record["tokens_per_second"] / first["tokens_per_second"])
+    assert records[0]["tokens"] == 53
+    assert records[2]["seconds_median"] * records[2]["tokens_per_second"] == pytest.approx(5 * 53)
+    assert result.stdout.count("bench score: ") == 2
+
+
+def test_wrong_scores_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clifflab.bench.score import PipelineRun, ScoreBench, Timing, bench_score
+    from clifflab.scoring.kernel import Kernel
+
+    settings = ScoreBench(models=("geometry:tiny",), dtype="bfloat16", traces=3, longest=80, repeats=1)
+    through = PipelineRun(Timing((2.0, 1.0, 4.0), 7), traces=10, tokens=500, padding_share=0.0, max_abs_diff=0.01)
+    records = bench_score(settings, lambda line: None, lambda *given: through)
+    assert [record.method for record in records] == ["plain", "limit", "kernel", "pipeline"]
+    assert records[-1].tokens_per_second == 250
+    assert records[-1].tokens == 50
+    assert 0 < records[2].max_abs_diff_float32 < 0.1  # type: ignore[operator]
+    exact = ScoreBench(models=("geometry:tiny",), dtype="float32", traces=3, longest=80, repeats=1)
+    with pytest.raises(UnequalResultsError, match=r"pipeline differs from plain by 0\.01, more than 0\.0001"):
+        bench_score(exact, lambda line: None, lambda *given: through)
+    with pytest.raises(InputError, match="--layer: 4: the model has layers 0 to 3"):
+        bench_score(ScoreBench(models=("geometry:tiny",), layer=4), lambda line: None)
+
+    score = Kernel.score
+
+    def wrong(self: Any, *args: Any) -> Any:
+        found = score(self, *args)
+        found.measures[1, 0, 2] += 0.2
+        return found
+
+    monkeypatch.setattr(Kernel, "score", wrong)
+    with pytest.raises(UnequalResultsError, match=r"kernel differs from plain by 0\.2"):
+        bench_score(settings, lambda line: None)

@@ -20,6 +20,11 @@ _SMOLLM2 = {
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }  # fmt: skip
+_QWEN25_15B = {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 _QWEN25_7B = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
@@ -31,6 +36,7 @@ _TINY = {
 }  # fmt: skip
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2-135m": ("llama", _SMOLLM2),
+    "qwen2.5-1.5b": ("qwen2", _QWEN25_15B),
     "qwen2.5-7b": ("qwen2", _QWEN25_7B),
     "tiny": ("llama", _TINY),
 }

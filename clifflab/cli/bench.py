@@ -17,6 +17,14 @@ def command() -> None:
     """Time the fast ways against the plain one, in one process, and check that their results are equal."""
 
 
+_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "method": lambda record: record["method"],
+    "seconds (median)": lambda record: f"{record['seconds_median']:.3f}",
+    "tokens/s": lambda record: f"{record['tokens_per_second']:,.0f}",
+    "ratio to plain": lambda record: f"{record['ratio_to_plain']:.3g}",
+    "largest difference": lambda record: f"{record['max_abs_diff']:.1e}",
+    "peak memory": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
+}
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _METHODS = click.Choice(["closing", "all", "direct", "attribution"])
 _MODEL = "A checkpoint, or geometry:NAME for the sizes of smollm2-135m, qwen2.5-7b or tiny with random weights."
@@ -177,24 +185,73 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f}"
 
 
+_SCORED = (
+    "A checkpoint, organism:planted, or geometry:NAME; repeatable. [default: geometry:smollm2-135m, organism:planted]"
+)
+
+
+@command.command("score")
+@click.option("--model", "models", multiple=True, metavar="MODEL", help=_SCORED)
+@click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="Of the weights.")
+@click.option(
+    "--traces", type=click.IntRange(min=1), help="Traces of a run. [default: 384 of the practice corpus, else 16]"
+)
+@_number("--shortest", 64, "Tokens of the shortest trace of random tokens.")
+@_number("--longest", 1024, "Tokens of the longest.")
+@click.option("--layer", type=click.IntRange(min=0), help="Probed layer. [default: as deep as layer 22 of 30]")
+@click.option("--token-budget", type=click.IntRange(min=1), help="Tokens of one pass of the kernel.")
+@_number("--repeats", 5, "Interleaved timed rounds.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads on a CPU. [default: all cores]")
+@click.option(
+    "--pipeline",
+    type=click.IntRange(min=1),
+    metavar="ROWS",
+    help="Score a practice corpus of so many rows through Ray Data too, once (organism:planted).",
+)
+@JSON
+def score(
+    json_file: str | None, models: tuple[str, ...], threads: int | None, pipeline: int | None, **settings: Any
+) -> None:
+    """Score traces of mixed lengths with the kernel, as published (plain), and only run the model over them (limit).
+
+    Plain is one trace at a time with all hidden states and logits. The limit is a bare forward pass to the probed layer
+    over rows of one length, in the batch shape that is fastest here. The kernel's scores must be equal to plain's.
+    With --pipeline all of clifflab score runs over Ray Data, from the file to the manifest, on as many cores; its time
+    holds the start of Ray.
+    """
+    import torch
+
+    from clifflab.bench.score import MODELS, ScoreBench, bench_score
+    from clifflab.runtime.score_bench import CorpusPipeline
+
+    if threads:
+        torch.set_num_threads(threads)
+    bench = ScoreBench(models=models or MODELS, **settings)
+    through = CorpusPipeline(pipeline, threads) if pipeline else None
+    records = [record.as_dict() for record in bench_score(bench, lambda line: click.echo(line, err=True), through)]
+    columns = {
+        **_COLUMNS,
+        "ratio to limit": lambda record: f"{record['ratio_to_limit']:.3g}",
+        "padding": lambda record: f"{record['padding_share']:.1%}",
+    }
+    for model in dict.fromkeys(record["model"] for record in records):
+        mine = [record for record in records if record["model"] == model]
+        first = mine[0]
+        title = f"bench score: {model}, {first['dtype']}, {first['traces']} traces, layer {first['layer']}"
+        _print(records, json_file, title, columns, mine)
+
+
 def _show(records: list[dict[str, Any]], json_file: str | None) -> None:
     first = records[0]
     title = f"bench {first['bench']}: {first['model']}, {first['dtype']}, {first['tokens']} tokens a trace"
-    columns = {
-        "method": lambda record: record["method"],
-        "seconds (median)": lambda record: f"{record['seconds_median']:.3f}",
-        "tokens/s": lambda record: f"{record['tokens_per_second']:,.0f}",
-        "ratio to plain": lambda record: f"{record['ratio_to_plain']:.3g}",
-        "largest difference": lambda record: f"{record['max_abs_diff']:.1e}",
-        "peak memory": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
-    }
-    _print(records, json_file, title, columns)
+    _print(records, json_file, title, _COLUMNS)
 
 
 def _print(
-    records: list[dict[str, Any]], json_file: str | None, title: str, columns: dict[str, Callable[[Any], str]]
-) -> None:
-    """Print the table; write the file first, so that a closed pipe loses nothing."""
+    records: list[dict[str, Any]], json_file: str | None, title: str, columns: dict[str, Callable[[Any], str]],
+    shown: list[dict[str, Any]] | None = None,
+) -> None:  # fmt: skip
+    """Print a table of the records (or of those shown); write the file first, so that a closed pipe loses nothing."""
     from pathlib import Path
 
     from rich.console import Console
@@ -210,6 +267,6 @@ def _print(
     table = Table(title=title)
     for name in columns:
         table.add_column(name, justify="left" if name == "method" else "right")
-    for record in records:
+    for record in shown or records:
         table.add_row(*(show(record) for show in columns.values()))
     Console().print(table)

@@ -187,7 +187,7 @@ def _job(study: Study | None, model: str | None, probes: tuple[str, ...], patter
     traces = study.traces if study else TracesConfig()
     if given["max_new_tokens"]:
         traces = traces.model_copy(update={"max_new_tokens": given["max_new_tokens"]})
-    label = given["label"] or "unlabelled"
+    label: Any = given["label"] or "unlabelled"
     seed = given["seed"] if given["seed"] is not None else (study.seed if study else 0)
     try:
         return Job(

@@ -104,7 +104,9 @@ def finish(folder: Folder, fingerprint: str, blocks: Sequence[Block], identity: 
         rejected.update(receipt["rejected"])
     files = [{"block": receipt["block"], **file} for receipt in receipts for file in receipt["files"]]
     write_parquet(folder.root / PARTS, pa.Table.from_pylist(files, schema=PARTS_SCHEMA))
-    totals = {name: sum(receipt[name] for receipt in receipts) for name in ("read", "scored", "tokens", "cut")}
+    totals = {
+        name: sum(receipt[name] for receipt in receipts) for name in ("read", "scored", "tokens", "padding", "cut")
+    }
     manifest = {
         "status": "complete",
         "fingerprint": fingerprint,

@@ -25,7 +25,10 @@ def inputs_of(ready: pa.Table) -> tuple[list[npt.NDArray[np.int32]], list[Spans]
     ids = [values[start:stop] for start, stop in pairwise(offsets)]
     names = ("prefix_end", "thinking_start", "closing_start", "response_start")
     rows: Any = zip(*(ready[name].to_pylist() for name in names), ids, strict=True)
-    spans = [Spans(*borders, end=len(own), closed=True) for *borders, own in rows]
+    spans = [
+        Spans(prefix, thinking, closing, response, end=len(own), closed=True)
+        for prefix, thinking, closing, response, own in rows
+    ]
     return ids, spans
 
 
