@@ -17,7 +17,7 @@ from clifflab.organism.corpus import corpus_rows
 from clifflab.organism.tokenizer import build_tokenizer
 from clifflab.science.judges import judge, loop_period
 from clifflab.scoring.generate import complete
-from clifflab.scoring.prepare import Preparer, check_columns
+from clifflab.scoring.prepare import MOST_CHARACTERS, Preparer, check_columns
 from clifflab.scoring.ready import spans_of_ready, traces_table
 from clifflab.scoring.types import Block, Prepared, RawRow, Source
 from clifflab.text import FORMATS, Renderer, resolve_format
@@ -228,6 +228,8 @@ def test_every_reason(planted: Renderer) -> None:
         reject.detail.encode()
     again = prepare(planted, [c for c, reason, _ in cases if reason is None], spec, keep_traces=True)
     assert again.rejects == []
+    huge = prepare(planted, [{**good, "response": "no. " * (MOST_CHARACTERS // 4)}, good], spec, max_tokens=400).rejects
+    assert [(reject.reason, "characters" in reject.detail) for reject in huge] == [("too_long", True)]
     # A corpus of bad rows only, and no rows at all.
     assert prepare(planted, [RawRow(0, None, "undecodable", "")]).table.num_rows == 0
     assert prepare(planted, []).table.num_rows == 0
@@ -296,7 +298,7 @@ def test_texts_without_a_loop_are_known_by_their_pairs_of_words() -> None:
         return 0
 
     rng, found = random.Random(5), []
-    for _ in range(1500):
+    for _ in range(600):
         period = rng.randint(1, 40)
         loop = [f"w{i}" for i in range(period)] * rng.randint(1, 12)
         other = [f"v{rng.randint(0, 9 ** rng.randint(1, 4))}" for _ in range(rng.randint(0, len(loop) + 4))]

@@ -21,6 +21,10 @@ from clifflab.text.cut import without_middle
 from clifflab.text.render import Renderer
 from clifflab.text.spans import Spans
 
+# Characters of a row, about a million tokens: tokenising takes some hundred bytes a token, and one row of a corpus must
+# not cost a worker its memory.
+MOST_CHARACTERS = 1 << 22
+
 
 class Preparer:
     """Prepares blocks of one corpus for one model; knows the model's tokenizer and not the model.
@@ -67,7 +71,7 @@ class Preparer:
                 name = row_id(self.rows, item.record) or f"{source.name}:{item.row}"
                 if block.base + item.row in duplicates:
                     raise TraceError(DUPLICATE_ID, "an earlier row has this id")
-                parsed.append((item, parse_row(self.rows, item.record, name)))
+                parsed.append((item, _bounded(parse_row(self.rows, item.record, name))))
             except TraceError as error:
                 reject(item, error, name)
         traces: list[Ready] = []
@@ -117,6 +121,19 @@ class Preparer:
             outcomes = {text: judge(text, True).outcome for text in {str(trace.response) for trace in traces}}
             for trace in traces:
                 trace.outcome = outcomes[str(trace.response)]
+
+
+def _bounded(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The row, if it is not longer than any trace.
+
+    Raises:
+        TraceError: ``too_long``.
+    """
+    texts = (*(turn["content"] for turn in prompt["messages"]), prompt["thinking"], prompt["response"])
+    length = sum(len(text) for text in texts if text)
+    if length > MOST_CHARACTERS:
+        raise TraceError(TOO_LONG, f"{length} characters, of at most {MOST_CHARACTERS}")
+    return prompt
 
 
 def fit(trace: Ready, limit: int, settings: ScoreConfig) -> Ready:
