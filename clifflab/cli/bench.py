@@ -229,11 +229,18 @@ def score(
     bench = ScoreBench(models=models or MODELS, **settings)
     through = CorpusPipeline(pipeline, threads) if pipeline else None
     records = [record.as_dict() for record in bench_score(bench, lambda line: click.echo(line, err=True), through)]
-    columns = {
-        **_COLUMNS,
-        "ratio to limit": lambda record: f"{record['ratio_to_limit']:.3g}",
+    columns: dict[str, Callable[[Any], str]] = {
+        "method": lambda record: record["method"],
+        "seconds": lambda record: f"{record['seconds_median']:.3f}",
+        "tokens/s": lambda record: f"{record['tokens_per_second']:,.0f}",
+        "x plain": lambda record: f"{record['ratio_to_plain']:.3g}",
+        "x limit": lambda record: f"{record['ratio_to_limit']:.3g}",
+        "difference": lambda record: f"{record['max_abs_diff']:.1e}",
         "padding": lambda record: f"{record['padding_share']:.1%}",
+        "MiB": lambda record: f"{record['peak_memory_bytes'] / 2**20:,.0f}",
     }
+    if any(record["peak_share"] for record in records):
+        columns["of peak"] = lambda record: f"{record['peak_share']:.0%}" if record["peak_share"] else ""
     for model in dict.fromkeys(record["model"] for record in records):
         mine = [record for record in records if record["model"] == model]
         first = mine[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ class _Prepare:
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         import ray
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every task has a core, or a part of one
         units = ray.get(self._units)
         prepare = UnitPreparer(self._corpus)
         for number in rows["unit"].tolist():
