@@ -85,6 +85,7 @@ def test_kernel_equals_plain(name: str) -> None:
         for mode, budget in (("packed", None), ("packed", 64), ("padded", None), ("padded", 64), ("auto", 1)):
             kernel = Kernel(loaded, probes, WINDOW, budget, mode)  # type: ignore[arg-type]
             assert kernel.mode == ("packed" if mode == "auto" else mode)
+            assert kernel._ways.trim is not None
             found = kernel.score(ids, spans)
             assert off(found, plain) < 1e-4, (mode, budget)
             assert found.padding_share < (0.05 if mode == "padded" else 1e-9)
@@ -162,6 +163,17 @@ def test_what_cannot_be_packed_is_padded(monkeypatch: pytest.MonkeyPatch) -> Non
         Kernel(loaded, probes, WINDOW, mode="packed")
     monkeypatch.undo()
     assert Kernel(loaded, probes, WINDOW).mode == "packed"
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn"])
+def test_a_block_that_cannot_be_trimmed_runs_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny("llama")
+    probes = probe_set(loaded.d_model, (1,))
+    monkeypatch.setattr("clifflab.scoring.trim._ATTENTION", (name,))  # keys of all tokens are needed behind it
+    kernel = Kernel(loaded, probes, WINDOW)
+    assert kernel._ways.trim is None
+    ids, spans = traces()
+    assert off(kernel.score(ids, spans), score_plain(loaded, probes, WINDOW, ids, spans)) < 1e-4
 
 
 def write_probes(folder: Path, seed: int = 0, **changes: Any) -> Path:

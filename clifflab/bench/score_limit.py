@@ -45,8 +45,8 @@ def best_limit(
 ) -> Limit:
     """The fastest bare pass over as many tokens as the traces have, without padding, probe or measures.
 
-    All rows are of one length, so that they can be batched without padding: that at which they cost as much attention as
-    the traces do, whose mean length weighted by tokens.
+    All rows are of one length, so that they can be batched without padding: that at which they cost as much attention
+    as the traces do, the mean length of a token's trace.
 
     Args:
         loaded: The model.

@@ -19,6 +19,7 @@ from clifflab.models.forward import position_ids
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.measures import Ints, ranges
 from clifflab.scoring.packed import PackedAttention
+from clifflab.scoring.trim import Trim
 
 Read = Callable[[int, torch.Tensor], None]
 # Largest difference of a packed state from the same state alone, beside its length, that rounding explains.
@@ -68,10 +69,28 @@ def pad(rows: Sequence[npt.NDArray[np.int64]], pad_id: int) -> Batch:
     return Batch(inputs, lengths, np.arange(len(rows)) * width, tokens.size - int(lengths.sum()), packed=False)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """What a trial has shown that a model allows.
+
+    Attributes:
+        packing: Its attention for packed rows; ``None`` where batches are padded.
+        trim: Its last probed block at just the read tokens; ``None`` where it runs at all of them.
+    """
+
+    packing: PackedAttention | None = None
+    trim: Trim | None = None
+
+
 @torch.inference_mode()
 def run_to(
-    loaded: LoadedModel, layers: Sequence[int], read: Read, batch: Batch, packing: PackedAttention | None = None
-) -> None:  # fmt: skip
+    loaded: LoadedModel,
+    layers: Sequence[int],
+    read: Read,
+    batch: Batch,
+    ways: Ways = Ways(),
+    kept: torch.Tensor | None = None,
+) -> None:
     """Run a batch up to the last of some layers.
 
     Args:
@@ -79,7 +98,9 @@ def run_to(
         layers: Ascending.
         read: Called as ``read(layer, hidden_BTD)`` with the residual stream after each.
         batch: The traces.
-        packing: The model's attention for packed rows.
+        ways: What the model allows.
+        kept: Places of the tokens that are read, among those of all rows; the state of others after the last layer may
+            be anything. ``None`` is all.
     """
 
     def fire(layer: int, hidden: torch.Tensor) -> None:
@@ -88,8 +109,9 @@ def run_to(
             raise _LastLayer
 
     inputs = {name: part.to(loaded.device) for name, part in batch.inputs.items()}
-    apart = packing.apart(batch.lengths.tolist()) if packing and batch.packed else nullcontext()
-    with apart, _hooks(loaded, layers, fire):
+    apart = ways.packing.apart(batch.lengths.tolist()) if ways.packing and batch.packed else nullcontext()
+    trimmed = nullcontext() if ways.trim is None or kept is None else ways.trim.to(kept, inputs["input_ids"].numel())
+    with apart, trimmed, _hooks(loaded, layers, fire):
         try:
             loaded.body(**inputs, use_cache=False)
         except _LastLayer:
@@ -97,8 +119,8 @@ def run_to(
     raise AssertionError("the last probed layer never ran")
 
 
-def find_packing(loaded: LoadedModel, layers: Sequence[int], mode: str) -> PackedAttention | None:
-    """The model's attention for packed rows; ``None`` where batches are padded.
+def find_ways(loaded: LoadedModel, layers: Sequence[int], mode: str) -> Ways:
+    """What the model allows, by a trial on a few short traces.
 
     Args:
         loaded: The model.
@@ -108,45 +130,60 @@ def find_packing(loaded: LoadedModel, layers: Sequence[int], mode: str) -> Packe
     Raises:
         InputError: ``packed``, and the trial fails.
     """
-    if mode == "padded":
-        return None
+    trial, packing = _Trial(loaded, layers), None
+    if mode != "padded":
+        try:
+            packing = PackedAttention(loaded)
+            problem = trial.problem(Ways(packing))
+        except Exception as error:  # noqa: BLE001 - whatever an architecture does with a packed row: it cannot be packed
+            problem = f"{type(error).__name__}: {error}"
+        if problem and mode == "packed":
+            raise InputError("models.path", loaded.spec.path, f"cannot be packed ({problem})", "score it padded")
+        packing = None if problem else packing
+    trimmed = Ways(packing, Trim(loaded, layers[-1]))
     try:
-        packing = PackedAttention(loaded)
-        problem = _trial(loaded, layers, packing)
-    except Exception as error:  # noqa: BLE001 - whatever an architecture does with a packed row: it cannot be packed
-        problem = f"{type(error).__name__}: {error}"
-    if not problem:
-        return packing
-    if mode == "packed":
-        raise InputError("models.path", loaded.spec.path, f"cannot be packed ({problem})", "score it padded")
-    return None
+        problem = trial.problem(trimmed)
+    except Exception as error:  # noqa: BLE001 - as above
+        problem = str(error) or repr(error)
+    return Ways(packing) if problem else trimmed
 
 
-def _trial(loaded: LoadedModel, layers: Sequence[int], packing: PackedAttention) -> str:
-    """What is wrong with the states of packed traces; empty where they are those that each trace has alone."""
-    config = loaded.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    longest = min(window + 9, _LONGEST_TRIAL, loaded.context) if window else _TRIAL[0]
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(0, config.vocab_size, size) for size in (max(longest, _TRIAL[0]), *_TRIAL[1:])]
-    alone = [_states(loaded, layers, pad([row], loaded.pad_id), None) for row in rows]
-    together = _states(loaded, layers, pack(rows), packing)
-    for layer in layers:
-        wanted = torch.cat([states[layer] for states in alone])
-        length = wanted.norm(dim=-1).clamp_min(1e-6)
-        off = float(((together[layer] - wanted).norm(dim=-1) / length).max())
-        if not off <= _TOLERANCE.get(loaded.model.dtype, 1e-3):
-            return f"states after block {layer} differ by {off:.2g} of their length"
-    return ""
+class _Trial:
+    """A few short traces and the states that each has alone."""
 
+    def __init__(self, loaded: LoadedModel, layers: Sequence[int]) -> None:
+        self._loaded, self._layers = loaded, layers
+        config = loaded.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or 0
+        longest = max(min(window + 9, _LONGEST_TRIAL, loaded.context) if window else 0, _TRIAL[0])
+        rng = np.random.default_rng(0)
+        self._rows = [rng.integers(0, config.vocab_size, size) for size in (longest, *_TRIAL[1:])]
+        alone = [self._states(pad([row], loaded.pad_id), Ways()) for row in self._rows]
+        self._wanted = {layer: torch.cat([states[layer] for states in alone]) for layer in layers}
 
-def _states(
-    loaded: LoadedModel, layers: Sequence[int], batch: Batch, packing: PackedAttention | None
-) -> dict[int, torch.Tensor]:
-    """States of all tokens after some layers, ``[T, D]``, float32."""
-    found: dict[int, torch.Tensor] = {}
-    run_to(loaded, layers, lambda layer, hidden: found.update({layer: hidden.flatten(0, 1).float()}), batch, packing)
-    return found
+    def problem(self, ways: Ways) -> str:
+        """What is wrong with the states of all traces in one batch; empty where they are those of each alone."""
+        batch = pack(self._rows) if ways.packing else pad(self._rows, self._loaded.pad_id)
+        own = np.arange(int(batch.lengths.sum()))[:: 3 if ways.trim else 1]  # a third of the tokens is read
+        kept = torch.from_numpy(ranges(batch.starts, batch.lengths)[own]).to(self._loaded.device)
+        found = self._states(batch, ways, kept if ways.trim else None)
+        for layer in self._layers:
+            wanted = self._wanted[layer][own]
+            length = wanted.norm(dim=-1).clamp_min(1e-6)
+            off = float(((found[layer][kept] - wanted).norm(dim=-1) / length).max())
+            if not off <= _TOLERANCE.get(self._loaded.model.dtype, 1e-3):
+                return f"states after block {layer} differ by {off:.2g} of their length"
+        return ""
+
+    def _states(self, batch: Batch, ways: Ways, kept: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+        """States of all tokens after each layer, ``[B x T, D]``, float32."""
+        found: dict[int, torch.Tensor] = {}
+
+        def read(layer: int, hidden_BTD: torch.Tensor) -> None:
+            found[layer] = hidden_BTD.flatten(0, 1).float()
+
+        run_to(self._loaded, self._layers, read, batch, ways, kept)
+        return found
 
 
 class _LastLayer(Exception):  # noqa: N818 - no error: it ends a pass whose work is done

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clifflab.models.loading import LoadedModel
-from clifflab.scoring.forward import Batch, find_packing, pack, pad, run_to
+from clifflab.scoring.forward import Batch, find_ways, pack, pad, run_to
 from clifflab.scoring.measures import Found, Ints, Reads
 from clifflab.scoring.probes import ProbeSet
 from clifflab.scoring.types import TOO_LONG
@@ -58,8 +58,8 @@ class Kernel:
     ) -> None:
         self._loaded, self._probes, self._window = loaded, probes, window
         self.budget = token_budget or (GPU_BUDGET if loaded.device.type == "cuda" else CPU_BUDGET)
-        self._packing = find_packing(loaded, probes.layers, mode)
-        self.mode: Literal["packed", "padded"] = "packed" if self._packing else "padded"
+        self._ways = find_ways(loaded, probes.layers, mode)
+        self.mode: Literal["packed", "padded"] = "packed" if self._ways.packing else "padded"
         self._readers: dict[int, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
         for layer in probes.layers:
             places = probes.on(layer)
@@ -100,14 +100,14 @@ class Kernel:
 
     def _fitting(self, lengths: Ints) -> int:
         """How many of the traces, longest first, make the next batch; at least one."""
-        if self._packing:
+        if self._ways.packing:
             return max(1, int(np.searchsorted(np.cumsum(lengths), self.budget, side="right")))
         within = lengths[: max(1, self.budget // int(lengths[0]))]
         share = 1 - np.cumsum(within) / (lengths[0] * np.arange(1, len(within) + 1))
         return int(np.flatnonzero(share < MOST_PADDING)[-1]) + 1
 
     def _batch(self, rows: list[npt.NDArray[np.int64]]) -> Batch:
-        return pack(rows) if self._packing else pad(rows, self._loaded.pad_id)
+        return pack(rows) if self._ways.packing else pad(rows, self._loaded.pad_id)
 
     def _attempt(self, batch: Batch, reads: Reads) -> npt.NDArray[np.float32] | None:
         """Probe logits ``[R, Q]`` at the read positions of a batch; ``None`` where memory does not suffice."""
@@ -125,7 +125,8 @@ class Kernel:
     @torch.inference_mode()
     def _run(self, batch: Batch, reads: Reads) -> npt.NDArray[np.float32]:
         device = self._loaded.device
-        at_R = torch.from_numpy(reads.positions(batch.starts)).to(device)
+        positions = reads.positions(batch.starts)
+        at_R, kept_K = (torch.from_numpy(places).to(device) for places in (positions, np.unique(positions)))
         logits_RQ = torch.empty((len(at_R), len(self._probes)), device=device)
 
         def read(layer: int, hidden: torch.Tensor) -> None:
@@ -133,7 +134,7 @@ class Kernel:
             states_RD = hidden.flatten(0, 1).index_select(0, at_R).float()
             logits_RQ[:, places] = torch.addmm(biases_Q, states_RD, weights_QD.T)
 
-        run_to(self._loaded, self._probes.layers, read, batch, self._packing)
+        run_to(self._loaded, self._probes.layers, read, batch, self._ways, kept_K)
         return logits_RQ.cpu().numpy()
 
 
