@@ -55,9 +55,9 @@ def score_plain(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def plain_logits(loaded: LoadedModel, probes: ProbeSet, ids: Sequence[int], span: Spans) -> Floats:
-    """Logits of every probe at the scored tokens of one trace, ``[Q, T]``, from a full pass with all its outputs.
+    """Logits of every probe at the scored tokens of one trace, ``[Q, T]``, from a full pass with the library's defaults.
 
     The model's own list ends with the last state after the final norm, which is no ``h_l`` (SPEC section 2): the state
     after the last block is captured beside it.
@@ -66,7 +66,7 @@ def plain_logits(loaded: LoadedModel, probes: ProbeSet, ids: Sequence[int], span
     own: list[torch.Tensor] = []
     row = torch.tensor([list(ids[: span.response_start])], device=loaded.device)
     with capture(loaded.blocks, [last], lambda _, hidden: own.append(hidden)):
-        output = loaded.model(input_ids=row, output_hidden_states=True, use_cache=False)
+        output = loaded.model(input_ids=row, output_hidden_states=True)
     states = [*output.hidden_states[1:-1], own[0]]
     scored = slice(span.scored.start, span.scored.stop)
     logits = []
