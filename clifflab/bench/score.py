@@ -25,7 +25,7 @@ PLANTED = "organism:planted"
 MODELS = (PREFIX + "smollm2-135m", PLANTED)
 WINDOW = (0.5, 0.9)
 _DEPTH = 22 / 30  # of the model's blocks: where the probe reads by default
-_TRACES = {True: 384, False: 16}  # of the practice corpus, of random tokens
+_TRACES = {True: 384, False: 12}  # of the practice corpus, of random tokens
 _CLOSING = 4
 _MOST, _HALF = 1e-4, 0.1  # largest difference of a score from plain, in float32 and in half precision
 
@@ -38,7 +38,7 @@ class ScoreBench:
         models: Each ``geometry:NAME`` (random weights), ``organism:planted`` (on its practice corpus), or anything that
             a study takes as a model's path (on random tokens).
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
-        traces: Traces of one run; by default 384 of the practice corpus, 16 of random tokens.
+        traces: Traces of one run; by default 384 of the practice corpus, 12 of random tokens.
         shortest: Tokens of the shortest trace of random tokens; the others are spread evenly.
         longest: Tokens of the longest.
         layer: Probed layer; by default as deep as layer 22 of 30.

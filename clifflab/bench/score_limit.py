@@ -17,7 +17,8 @@ import torch
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.forward import Batch, run_to
 
-_LEAST_TOKENS, _MOST_TOKENS = 512, 16384  # of a pass
+_LEAST_TOKENS, _MOST_TOKENS = 512, 8192  # of a pass
+_TRIED = 4096  # tokens on which a shape is tried, at least one pass
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,20 @@ def best_limit(
     size = int(loaded.model.config.get_text_config().vocab_size)
     tokens_BT = torch.from_numpy(np.random.default_rng(seed).integers(1, size, (count, length))).to(loaded.device)
     shapes = sorted({min(count, max(1, budget // length)) for budget in _budgets()})
-    tried: dict[int, float] = {}
+    speeds: dict[int, float] = {}
     for rows in shapes:
-        passes = _passes(loaded, layer, tokens_BT, rows)
-        if not tried:
+        some_BT = tokens_BT[: max(rows, _TRIED // length // rows * rows)]
+        passes = _passes(loaded, layer, some_BT, rows)
+        if not speeds:
             passes()
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
             passes()
             seconds.append(time.perf_counter() - start)
-        tried[rows] = min(seconds)
-    best = min(tried, key=lambda rows: tried[rows])
-    speeds = ", ".join(f"{rows} x {length}: {tokens_BT.numel() / took:,.0f} tokens/s" for rows, took in tried.items())
-    note(f"limit: {speeds}")
+        speeds[rows] = some_BT.numel() / min(seconds)
+    best = max(speeds, key=lambda rows: speeds[rows])
+    note("limit: " + ", ".join(f"{rows} x {length}: {speed:,.0f} tokens/s" for rows, speed in speeds.items()))
     return Limit(_passes(loaded, layer, tokens_BT, best), np.full(count, length), best)
 
 

@@ -194,7 +194,7 @@ _SCORED = (
 @click.option("--model", "models", multiple=True, metavar="MODEL", help=_SCORED)
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="Of the weights.")
 @click.option(
-    "--traces", type=click.IntRange(min=1), help="Traces of a run. [default: 384 of the practice corpus, else 16]"
+    "--traces", type=click.IntRange(min=1), help="Traces of a run. [default: 384 of the practice corpus, else 12]"
 )
 @_number("--shortest", 64, "Tokens of the shortest trace of random tokens.")
 @_number("--longest", 1024, "Tokens of the longest.")

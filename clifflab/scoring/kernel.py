@@ -26,7 +26,7 @@ from clifflab.text.spans import Spans
 Mode = Literal["auto", "packed", "padded"]
 MOST_PADDING = 0.05
 # Tokens of a pass. A CPU is fastest while a batch's activations stay in its cache; a GPU wants to be filled.
-CPU_BUDGET, GPU_BUDGET = 2048, 16384
+CPU_BUDGET, GPU_BUDGET = 1024, 8192
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not enough memory")
 
 
