@@ -57,7 +57,7 @@ def score_plain(
 
 @torch.no_grad()
 def plain_logits(loaded: LoadedModel, probes: ProbeSet, ids: Sequence[int], span: Spans) -> Floats:
-    """Logits of every probe at the scored tokens of one trace, ``[Q, T]``, from a full pass with the library's defaults.
+    """Logits of every probe at the scored tokens of one trace, ``[Q, T]``, from a full pass by the library's defaults.
 
     The model's own list ends with the last state after the final norm, which is no ``h_l`` (SPEC section 2): the state
     after the last block is captured beside it.
