@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from clifflab.config import ModelSpec
 from clifflab.errors import InputError
 from clifflab.models.loading import LoadedModel, load
 from clifflab.scoring.kernel import Kernel
-from clifflab.scoring.measures import Found
+from clifflab.scoring.measures import COLUMNS, Found
 from clifflab.scoring.plain import score_plain
 from clifflab.scoring.probes import Probe, ProbeFile, ProbeSet
 from clifflab.text.spans import Spans
@@ -27,6 +27,7 @@ WINDOW = (0.5, 0.9)
 _DEPTH = 22 / 30  # of the model's blocks: where the probe reads by default
 _TRACES = {True: 384, False: 12}  # of the practice corpus, of random tokens
 _CLOSING = 4
+_SPREAD = 2.0  # of the logits
 _MOST, _HALF = 1e-4, 0.1  # largest difference of a score from plain, in float32 and in half precision
 
 
@@ -124,7 +125,7 @@ def _bench(
 ) -> list[ScoreRecord]:  # fmt: skip
     loaded = _load(model, settings)
     ids, spans = _traces(loaded, model, settings)
-    probes = _probe(loaded, settings)
+    probes = _probe(loaded, settings, ids, spans)
     layer = probes.layers[0]
     lengths = np.array([span.response_start for span in spans])
     note(f"{model}: {len(ids)} traces of {lengths.min()} to {lengths.max()} tokens, layer {layer}")
@@ -189,16 +190,21 @@ def _load(model: str, settings: ScoreBench) -> LoadedModel:
     return random_model(model, dtype, settings.seed)
 
 
-def _probe(loaded: LoadedModel, settings: ScoreBench) -> ProbeSet:
-    """A random direction: what it reads costs as much as a trained one."""
+def _probe(loaded: LoadedModel, settings: ScoreBench, ids: list[Any], spans: list[Spans]) -> ProbeSet:
+    """A random direction, scaled so that its scores spread as a trained probe's do."""
     layers = len(loaded.blocks)
     layer = int(_DEPTH * layers) if settings.layer is None else settings.layer
     if layer >= layers:
         raise InputError("--layer", layer, f"the model has layers 0 to {layers - 1}", "give one of them")
     rng = np.random.default_rng(settings.seed)
     weight = (rng.standard_normal(loaded.d_model) / np.sqrt(loaded.d_model)).astype(np.float32)
+    about = ProbeFile("", "0" * 64, {}, "", layers)
     probe = Probe("0" * 12, "all", "logistic", layer, True, weight, 0.0)
-    return ProbeSet((probe,), (ProbeFile("", "0" * 64, {}, "", layers),))
+    found = Kernel(loaded, ProbeSet((probe,), (about,)), WINDOW, settings.token_budget).score(ids, spans)
+    logits = found.measures[..., COLUMNS.index("final_logit")]
+    scale = _SPREAD / max(float(logits.std()), 1e-6)
+    bias = -scale * float(logits.mean())
+    return ProbeSet((replace(probe, weight=(scale * weight).astype(np.float32), bias=bias),), (about,))
 
 
 def _traces(loaded: LoadedModel, model: str, settings: ScoreBench) -> tuple[list[Any], list[Spans]]:
