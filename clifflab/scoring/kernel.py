@@ -18,7 +18,7 @@ import torch
 
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.forward import Batch, find_ways, pack, pad, run_to
-from clifflab.scoring.measures import Found, Ints, Reads
+from clifflab.scoring.measures import Found, Ints, Reads, Tokens
 from clifflab.scoring.probes import ProbeSet
 from clifflab.scoring.types import TOO_LONG
 from clifflab.text.spans import Spans
@@ -67,7 +67,7 @@ class Kernel:
             biases_Q = torch.tensor([probes.probes[q].bias for q in places])
             self._readers[layer] = places, weights_QD.to(loaded.device), biases_Q.to(loaded.device)
 
-    def score(self, ids: Sequence[Sequence[int]], spans: Sequence[Spans]) -> Found:
+    def score(self, ids: Sequence[Tokens], spans: Sequence[Spans]) -> Found:
         """Score traces; the results are in their order and depend on the batches by rounding alone.
 
         Args:

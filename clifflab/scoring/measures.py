@@ -23,6 +23,7 @@ from clifflab.scoring.types import NOT_FINITE
 from clifflab.text.spans import Spans
 
 Ints = npt.NDArray[np.int64]
+Tokens = Sequence[int] | npt.NDArray[Any]  # ids of one trace
 COLUMNS = (*MEASURES, *(f"{name}_logit" for name in MEASURES))
 
 

@@ -16,7 +16,7 @@ from clifflab.models.hooks import capture
 from clifflab.models.loading import LoadedModel
 from clifflab.science.cliff import MEASURES, measure
 from clifflab.science.stats import Floats
-from clifflab.scoring.measures import Found, Reads
+from clifflab.scoring.measures import Found, Reads, Tokens
 from clifflab.scoring.probes import ProbeSet
 from clifflab.scoring.types import NOT_FINITE
 from clifflab.text.spans import Spans
@@ -26,7 +26,7 @@ def score_plain(
     loaded: LoadedModel,
     probes: ProbeSet,
     window: tuple[float, float],
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Tokens],
     spans: Sequence[Spans],
 ) -> Found:
     """Score traces one by one.
@@ -56,7 +56,7 @@ def score_plain(
 
 
 @torch.no_grad()
-def plain_logits(loaded: LoadedModel, probes: ProbeSet, ids: Sequence[int], span: Spans) -> Floats:
+def plain_logits(loaded: LoadedModel, probes: ProbeSet, ids: Tokens, span: Spans) -> Floats:
     """Logits of every probe at the scored tokens of one trace, ``[Q, T]``, from a full pass by the library's defaults.
 
     The model's own list ends with the last state after the final norm, which is no ``h_l`` (SPEC section 2): the state
