@@ -61,12 +61,12 @@ class Account:
 
     Attributes:
         kills: All kills, in order.
-        attempts: When each attempt at a block was seen to have begun, by block.
+        attempts: When each attempt at a block began, by block.
         runs: Exit codes of the runs of the command.
     """
 
     kills: list[Kill] = field(default_factory=list)
-    attempts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    attempts: dict[str, set[float]] = field(default_factory=lambda: defaultdict(set))
     runs: list[int] = field(default_factory=list)
 
     def killed(self, what: str) -> int:
@@ -75,7 +75,7 @@ class Account:
 
     def repeated(self) -> list[int]:
         """For each kill, how many blocks were begun again behind it (and before the next one)."""
-        again = [when for times in self.attempts.values() for when in times[1:]]
+        again = [when for times in self.attempts.values() for when in sorted(times)[1:]]
         borders = [kill.time for kill in self.kills]
         counts = [0] * len(borders)
         for when in again:
@@ -99,7 +99,6 @@ class Chaos:
         self._start, self._root, self._plan = start, root, plan
         self._random = random.Random(seed)
         self._families: list[Family] = []
-        self._seen: dict[str, int] = {}  # marks at the last look
         self.account = Account()
 
     def run(self) -> Account:
@@ -167,15 +166,11 @@ class Chaos:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def _look(self) -> None:
-        """Take down the marks of attempts: a byte each in a file for each block; each run and the end clear them."""
-        sizes: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / ".work" / "attempts") as files:
-            for file in files:
+        """Take down the marks of attempts: an empty file each, which the next run and the end clear away."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / ".work" / "attempts") as marks:
+            for mark in marks:
                 with contextlib.suppress(FileNotFoundError):
-                    sizes[file.name] = file.stat().st_size
-        for name, size in sizes.items():
-            self.account.attempts[name] += [time.time()] * (size - self._seen.get(name, 0))
-        self._seen = sizes
+                    self.account.attempts[mark.name.partition("-")[0]].add(mark.stat().st_mtime)
 
     def _clear(self) -> None:
         """End what the killed drivers left; it ends by itself soon."""

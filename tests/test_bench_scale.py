@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,8 @@ def test_plot(tmp_path: Path) -> None:
     from clifflab.bench.processes import Memory
 
     memory = tuple((t, Memory(100 << 20, 200 << 20, 400 << 20, 50 << 20)) for t in (0.0, 5.0, 10.0))
-    courses = [Course(n, 10.0, memory, ((2.0, n // 2), (9.0, n)), 100, 2, 2) for n in (1000, 5000)]
+    courses = [Course(n, 10.0, memory, ((2.0, n // 2), (9.0, n)), 100, 2, 10) for n in (1000, 5000)]
     assert courses[0].steady == (7.0, 500 / 7.0)
+    assert replace(courses[0], blocks=2).steady == (7.0, None), "two blocks may come in together"
     write_plot(courses, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -85,7 +85,8 @@ class Watch:
 def test_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    rows, block = int(os.environ.get("CLIFFLAB_CLUSTER_ROWS", "4000")), 20
+    # A prepared block is larger than what Ray sends along with a task: it lies in the store of the node that made it.
+    rows, block = int(os.environ.get("CLIFFLAB_CLUSTER_ROWS", "4000")), 150
     corpus = tmp_path / "corpus.jsonl"
     args = ["organism", "corpus", "--rows", str(rows), "--malformed", "0.02", "--out", str(corpus)]
     made = CliRunner().invoke(commands, args)
@@ -98,12 +99,12 @@ def test_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
         rows=PromptSet(name="corpus", path=str(corpus), label="unlabelled", existing=True),
         settings=ScoreConfig(block_rows=block),
     )
-    settings, watch = RuntimeConfig(), Watch(cluster, after=3)
+    settings, watch = RuntimeConfig(), Watch(cluster, after=1)
     with RayPool(settings) as pool:
         found = score(job, tmp_path / "scores", pool.start, watch)
     assert watch.lost
-    assert len(watch.nodes) == NODES, "all nodes took part"
-    assert watch.nodes.total() == rows // block
+    assert watch.nodes.total() == -(-rows // block)
+    assert set(watch.nodes) - {watch.lost}, "the others went on"
     check_results(found.root, corpus, read_planted(corpus))
     one = score(job, tmp_path / "one", lambda: InlinePool(settings), Watch())
     assert contents(found.root) == contents(one.root)

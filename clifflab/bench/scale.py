@@ -23,9 +23,14 @@ from clifflab.bench.records import UnequalResultsError
 from clifflab.errors import ClifflabError, InputError, shorten
 
 _EVERY = 0.5  # seconds between two looks at the memory
-_SHARE = 0.04  # of a core that looking may take: what is measured shares the cores
+_SHARE = 0.08  # of a core that looking may take: what is measured shares the cores
+_FEW = 10  # blocks too few to tell a steady speed
 _TELL = 30.0  # seconds between two notes
 _OURS = ("scores", "rejects", "job.json")
+
+
+class CommandError(ClifflabError):
+    """A command that the benchmark runs failed."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class ScaleRecord:
         seconds: Of the whole command, from its start to its exit.
         rows_per_second: Rows in these seconds.
         steady_seconds: From the first finished block to the last.
-        steady_rows_per_second: Rows of the blocks behind the first, in these seconds.
+        steady_rows_per_second: Rows of the blocks behind the first, in these seconds; null for less than ten blocks.
         speed_ratio: Rows per second of the whole command over those of the smallest corpus.
-        steady_speed_ratio: The same of the steady ones.
+        steady_speed_ratio: The same of the steady ones, where both have one.
         peak_memory_bytes: Most memory of all processes together (proportional set size, see
             :mod:`clifflab.bench.processes`); peaks shorter than the time between two looks are missed.
         peak_driver_bytes: Most of the command's own process.
@@ -99,9 +104,9 @@ class ScaleRecord:
     seconds: float
     rows_per_second: float
     steady_seconds: float
-    steady_rows_per_second: float
+    steady_rows_per_second: float | None
     speed_ratio: float
-    steady_speed_ratio: float
+    steady_speed_ratio: float | None
     peak_memory_bytes: int
     peak_driver_bytes: int
     peak_workers_bytes: int
@@ -140,11 +145,11 @@ class Course:
     blocks: int
 
     @property
-    def steady(self) -> tuple[float, float]:
-        """Seconds from the first finished block to the last, and rows per second in them."""
+    def steady(self) -> tuple[float, float | None]:
+        """Seconds from the first finished block to the last, and rows per second in them where there are enough."""
         (first, before), (last, after) = self.done[0], self.done[-1]
         seconds = last - first
-        return seconds, (after - before) / seconds if seconds > 0 else 0.0
+        return seconds, (after - before) / seconds if self.blocks >= _FEW and seconds > 0 else None
 
 
 def bench_scale(settings: ScaleBench, note: Callable[[str], None]) -> tuple[list[ScaleRecord], list[Course]]:
@@ -157,6 +162,7 @@ def bench_scale(settings: ScaleBench, note: Callable[[str], None]) -> tuple[list
     Raises:
         InputError: This system does not tell how much memory processes share.
         OutputError: The work folder cannot be used.
+        CommandError: A command failed.
         UnequalResultsError: Results are not what the corpus makes them.
     """
     if not can_measure():
@@ -191,7 +197,7 @@ def write_corpus(settings: ScaleBench, rows: int, note: Callable[[str], None]) -
     command = [sys.executable, "-m", "clifflab", "organism", "corpus", *options, "--out", str(corpus)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        raise ClifflabError(f"bench scale: the corpus was not written ({_last_line(done.stderr)})")
+        raise CommandError(f"bench scale: the corpus was not written ({_last_line(done.stderr)})")
     return corpus
 
 
@@ -220,7 +226,7 @@ def watch(command: Sequence[str], root: Path, rows: int, log: Path, note: Callab
         note: Told of the progress.
 
     Raises:
-        UnequalResultsError: It failed.
+        CommandError: It failed.
     """
     samples: list[tuple[float, Memory]] = []
     began, start = time.time(), time.monotonic()
@@ -236,7 +242,7 @@ def watch(command: Sequence[str], root: Path, rows: int, log: Path, note: Callab
             raise
     if process.returncode:
         line = _last_line(log.read_text(errors="replace"))
-        raise UnequalResultsError(f"bench scale: clifflab score ended with {process.returncode} ({line}); see {log}")
+        raise CommandError(f"bench scale: clifflab score ended with {process.returncode} ({line}); see {log}")
     blocks = _blocks(root)
     done, total = [], 0
     for event in blocks:
@@ -252,14 +258,13 @@ def _look(
     """Look at the memory until the process ends; the seconds that it took."""
     family, told = Family(process.pid), start
     while True:
-        before = time.monotonic()
-        samples.append((before - start, family.memory()))
-        now = time.monotonic()
+        before, now = time.process_time(), time.monotonic()
+        samples.append((now - start, family.memory()))
         if now - told >= _TELL:
             told = now
             tell()
         try:
-            process.wait(max(_EVERY, (now - before) / _SHARE))
+            process.wait(max(_EVERY, (time.process_time() - before) / _SHARE))
         except subprocess.TimeoutExpired:
             continue
         return time.monotonic() - start
@@ -289,7 +294,7 @@ def _clear(root: Path) -> None:
 
 def _record(settings: ScaleBench, course: Course, found: Counted, smallest: Course) -> ScaleRecord:
     speed, speed_of_smallest = course.rows / course.seconds, smallest.rows / smallest.seconds
-    steady_seconds, steady = course.steady
+    (steady_seconds, steady), steady_of_smallest = course.steady, smallest.steady[1]
     both, total = _peak(course, lambda m: m.driver + m.workers), _peak(course, lambda m: m.total)
     return ScaleRecord(
         bench="scale",
@@ -307,7 +312,7 @@ def _record(settings: ScaleBench, course: Course, found: Counted, smallest: Cour
         steady_seconds=steady_seconds,
         steady_rows_per_second=steady,
         speed_ratio=speed / speed_of_smallest,
-        steady_speed_ratio=steady / (smallest.steady[1] or 1.0),
+        steady_speed_ratio=steady / steady_of_smallest if steady and steady_of_smallest else None,
         peak_memory_bytes=total,
         peak_driver_bytes=_peak(course, lambda m: m.driver),
         peak_workers_bytes=_peak(course, lambda m: m.workers),
@@ -326,4 +331,4 @@ def _peak(course: Course, part: Callable[[Memory], int]) -> int:
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines() or ["it said nothing"]
-    return shorten(lines[-1])
+    return shorten(lines[-1], 400)

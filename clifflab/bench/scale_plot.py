@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from clifflab.artifacts import write_atomic
 from clifflab.bench.scale import Course
 from clifflab.errors import OutputError
-from clifflab.report.style import COLOURS, LINE, SOFT, STYLES, WIDTH, styled
+from clifflab.report.style import COLOURS, LINE, STYLES, WIDTH, styled
 
 KINDS = (".png", ".svg", ".pdf")
 _MIB = 2**20
@@ -46,7 +46,7 @@ def draw(courses: Sequence[Course]) -> Figure:
     for number, course in enumerate(courses):
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number % len(STYLES)]
         times, done = zip(*course.done, strict=True)
-        label = f"{course.rows:,} rows: {course.rows / course.seconds:,.0f} rows/s"
+        label = f"{course.rows:,} rows in {course.seconds:,.0f} s: {course.rows / course.seconds:,.0f} rows/s"
         left.plot(
             [0.0, *(time / course.seconds for time in times)], [0.0, *(rows / course.rows for rows in done)],
             color=colour, linestyle=style, label=label,
@@ -63,7 +63,6 @@ def draw(courses: Sequence[Course]) -> Figure:
     _finish(right, "Memory (proportional set size)", "MiB")
     left.set_ylim(0, 1.02)
     right.set_ylim(0, None)
-    figure.text(0.995, 0.005, "time of each run: " + _times(courses), ha="right", va="bottom", fontsize=7, color=SOFT)
     return figure
 
 
@@ -74,7 +73,3 @@ def _finish(axes: Axes, title: str, what: str) -> None:
     axes.set_xlim(0, 1)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.legend(loc="lower right")
-
-
-def _times(courses: Sequence[Course]) -> str:
-    return ", ".join(f"{course.seconds:,.0f} s" for course in courses)

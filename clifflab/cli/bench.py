@@ -166,23 +166,25 @@ def scale(json_file: str | None, plot: str | None, rows: tuple[int, ...], work: 
         write_plot(courses, place)
     columns = {
         "rows": lambda record: f"{record['rows']:,}",
-        "rejected": lambda record: f"{record['rejected']:,}",
         "seconds": lambda record: f"{record['seconds']:,.1f}",
-        "rows/s": lambda record: f"{record['rows_per_second']:,.0f}",
-        "steady": lambda record: f"{record['steady_rows_per_second']:,.0f}",
-        "ratio": lambda record: f"{record['speed_ratio']:.2f}, {record['steady_speed_ratio']:.2f}",
-        "driver": lambda record: _mib(record["peak_driver_bytes"]),
-        "workers": lambda record: _mib(record["peak_workers_bytes"]),
-        "both": lambda record: _mib(record["peak_driver_and_workers_bytes"]),
-        "ratio of both": lambda record: f"{record['memory_ratio']:.2f}",
-        "all": lambda record: _mib(record["peak_memory_bytes"]),
+        "rows/s (ratio)": lambda record: _with_ratio(record["rows_per_second"], record["speed_ratio"]),
+        "steady": lambda record: _with_ratio(record["steady_rows_per_second"], record["steady_speed_ratio"]),
+        "driver + workers": lambda record: _mib(record["peak_driver_and_workers_bytes"], record["memory_ratio"]),
+        "all processes": lambda record: _mib(record["peak_memory_bytes"], record["total_memory_ratio"]),
     }
     title = "bench scale: every row once, rejects as planted; peak memory in MiB"
     _print([record.as_dict() for record in records], json_file, title, columns)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f}"
+def _with_ratio(value: float | None, ratio: float | None) -> str:
+    """A figure, and its ratio to that of the first row."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def _mib(size: int, ratio: float) -> str:
+    return _with_ratio(size / 2**20, ratio)
 
 
 _SCORED = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -92,20 +93,19 @@ class BlockScorer:
 
         A block at which workers keep dying would otherwise be tried for ever.
         """
-        place = self._folder.work(ATTEMPTS) / f"{block:08d}"
+        place = self._folder.work(ATTEMPTS)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("ab") as marks:  # a byte for each attempt
-                begun = marks.tell()
-                if begun < MAX_ATTEMPTS:
-                    marks.write(b".")
+            place.mkdir(parents=True, exist_ok=True)
+            for number in range(MAX_ATTEMPTS):
+                with contextlib.suppress(FileExistsError):
+                    (place / f"{block:08d}-{number}").touch(exist_ok=False)
+                    return
         except OSError as error:
             raise output_error(place, error) from None
-        if begun >= MAX_ATTEMPTS:
-            raise WorkerError(
-                f"score: block {block} was begun {begun} times and never finished: its workers died; look for a lack "
-                "of memory, lower --token-budget, and run again: it continues"
-            )
+        raise WorkerError(
+            f"score: block {block} was begun {MAX_ATTEMPTS} times and never finished: its workers died; look for a "
+            "lack of memory, lower --token-budget, and run again: it continues"
+        )
 
 
 def _problems(ready: pa.Table, problems: Any, prepared: Prepared) -> list[Reject]:
