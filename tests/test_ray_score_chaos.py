@@ -6,28 +6,28 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from clifflab.bench.exactly_once import check_results, read_planted
+from clifflab.cli import cli as commands
 from tests.chaos import Account, Chaos, Plan, contents
-from tests.conftest import Cli
 from tests.forkserver import Server
-from tests.score_files import PLANTED, write_probes
+from tests.score_files import PLANTED, score, write_probes
 from tests.studies import events
 
 WORKERS = 2
 
 
-def disturbed(cli: Cli, forkserver: Server, folder: Path, rows: int, block: int, plan: Plan) -> tuple[Account, Path]:
+def disturbed(forkserver: Server, folder: Path, rows: int, block: int, plan: Plan) -> tuple[Account, Path]:
     """The results of a run by plan are those of one process; what happened, and where they are."""
     probes, corpus = write_probes(folder / "probes"), folder / "corpus.jsonl"
-    made = cli("organism", "corpus", "--rows", str(rows), "--malformed", "0.02", "--out", str(corpus), timeout=900)
-    assert made.returncode == 0, made.stderr
-    common = ["score", "--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus)]
-    common += ["--block-rows", str(block)]
-    quiet = cli(*common, "--output", str(folder / "quiet"), "--runtime", "inline", timeout=plan.limit)
-    assert quiet.returncode == 0, quiet.stderr
+    made = ["organism", "corpus", "--rows", str(rows), "--malformed", "0.02", "--out", str(corpus)]
+    assert CliRunner().invoke(commands, made).exit_code == 0
+    common = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--block-rows", str(block)]
+    quiet = score(*common, "--output", folder / "quiet", "--runtime", "inline")
+    assert quiet.exit_code == 0, quiet.output
     root = folder / "scores"
-    args = [*common, "--output", str(root), "--workers", str(plan.workers)]
+    args = ["score", *common, "--output", str(root), "--workers", str(plan.workers)]
     account = Chaos(lambda: forkserver.start(args, folder, os.environ), root, plan).run()
     assert account.runs == [-9] * len(plan.driver) + [0]
     check_results(root, corpus, read_planted(corpus))
@@ -50,22 +50,22 @@ def check_account(account: Account, root: Path, plan: Plan) -> None:
     assert all(done >= killed for done, killed in zip(starts[1:], at, strict=True)), "what was done stays done"
 
 
-def test_killed_worker_and_driver(cli: Cli, forkserver: Server, tmp_path: Path) -> None:
-    rows, block = 800, 4
-    plan = Plan(rows // block, WORKERS, driver=(0.5,), kills=1, every=0, apart=30, limit=300)
-    account, root = disturbed(cli, forkserver, tmp_path, rows, block, plan)
+def test_killed_worker_and_driver(forkserver: Server, tmp_path: Path) -> None:
+    rows, block = 480, 4
+    plan = Plan(rows // block, WORKERS, driver=(0.5,), kills=1, every=0, apart=20, limit=300)
+    account, root = disturbed(forkserver, tmp_path, rows, block, plan)
     check_account(account, root, plan)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(cli: Cli, forkserver: Server, tmp_path: Path) -> None:
+def test_killed_again_and_again(forkserver: Server, tmp_path: Path) -> None:
     """A worker every 20 seconds, the driver at 30% and at 70%; CLIFFLAB_CHAOS_ROWS and CLIFFLAB_CHAOS_EVERY: less."""
     rows = int(os.environ.get("CLIFFLAB_CHAOS_ROWS", "200000"))
     every = float(os.environ.get("CLIFFLAB_CHAOS_EVERY", "20"))
     block = max(10, min(1000, rows // 200))
     blocks = -(-rows // block)
-    plan = Plan(blocks, WORKERS, driver=(0.3, 0.7), kills=5, every=every, apart=1, limit=3600)
-    account, root = disturbed(cli, forkserver, tmp_path, rows, block, plan)
+    plan = Plan(blocks, WORKERS, driver=(0.3, 0.7), kills=5, every=every, apart=blocks // 50, limit=3600)
+    account, root = disturbed(forkserver, tmp_path, rows, block, plan)
     for kill, again in zip(account.kills, account.repeated(), strict=True):
         print(f"{kill.what} killed at {kill.done} of {blocks} blocks: {again} scored again")
     check_account(account, root, plan)
