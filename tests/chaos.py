@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clifflab.bench.processes import Family, Process
+from clifflab.bench.processes import Family
 from tests.forkserver import Command
 
 _LOOK = 0.02
@@ -173,16 +173,13 @@ class Chaos:
                     self.account.attempts[mark.name.partition("-")[0]].add(mark.stat().st_mtime)
 
     def _clear(self) -> None:
-        """End what the killed drivers left; it ends by itself soon."""
+        """End what killed drivers left: their workers end by themselves within seconds, some services of Ray do not."""
         end = time.monotonic() + 20
-        while (left := self._left()) and time.monotonic() < end:
+        while any(family.workers() for family in self._families) and time.monotonic() < end:
             time.sleep(0.2)
-        for process in left:
+        for process in [process for family in self._families for process in family.members()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-
-    def _left(self) -> list[Process]:
-        return [process for family in self._families for process in family.members()]
 
 
 def contents(root: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _WORKER = (b"ray::", b"default_worker.py")  # the title of a worker of Ray, and its command until it has one
+_AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")  # services with a title like a worker's
 _SUMMARY = "smaps_rollup"
 
 
@@ -106,7 +107,7 @@ def is_worker(pid: int) -> bool:
         command = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
-    return any(mark in command for mark in _WORKER)
+    return any(mark in command for mark in _WORKER) and not command.startswith(_AGENTS)
 
 
 def _living() -> list[Process]:
