@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clifflab import tables
+from clifflab.runtime import score as running
 from clifflab.scoring import commit as committing
 from clifflab.scoring import worker
 from tests.score_files import PLANTED, practice, score, write_jsonl, write_probes
@@ -137,6 +139,94 @@ def test_another_job_is_refused_unless_overwritten(corpus: Path, probes: Path, f
     assert files(out) != before
 
 
+def test_other_probes_are_noticed_by_what_they_read(corpus: Path, probes: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(probes, tmp_path / "mine")
+    assert run(corpus, mine, tmp_path / "out", "--max-rows", 30).exit_code == 0
+    about = json.loads((mine / "probes.json").read_text())
+    about["probes"]["all.logistic"]["reported_layer"] = 1
+    (mine / "probes.json").write_text(json.dumps(about))
+    result = run(corpus, mine, tmp_path / "out", "--max-rows", 30)
+    assert result.exit_code == 2
+    assert "other probes" in result.output
+
+
+def test_a_wrong_command_throws_nothing_away(corpus: Path, probes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(corpus, probes, out, "--column", "prompt=nope").exit_code == 2
+    assert run(corpus, probes, out, "--max-rows", 30).exit_code == 0, "nothing was scored: no --overwrite needed"
+    before = files(out)
+    assert run(corpus, probes, out, "--column", "prompt=nope", "--overwrite").exit_code == 2
+    assert files(out) == before
+    assert "nothing to do" in run(corpus, probes, out, "--max-rows", 30).output
+    # Without a sample or generation the seed decides nothing.
+    assert "nothing to do" in run(corpus, probes, out, "--max-rows", 30, "--seed", 5).output
+
+
+def test_what_a_killed_run_was_writing_is_cleared(corpus: Path, probes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "scores").mkdir(parents=True)
+    for name in (".job.json.123-abcd.tmp", "scores/.part-00000000.parquet.9-ab.tmp"):
+        (out / name).write_text("cut sho")
+    assert run(corpus, probes, out, "--max-rows", 30, "--overwrite").exit_code == 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_part_that_is_lost_is_done_again(corpus: Path, probes: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    lost = sorted((out / "scores").glob("*"))[1]
+    lost.unlink()
+    result = run(corpus, probes, out, "--keep-traces")
+    assert result.exit_code == 2
+    assert f"scores/{lost.name} is missing" in result.output
+    assert run(corpus, probes, out, "--keep-traces", "--overwrite").exit_code == 0
+    assert files(out) == files(finished)
+
+
+def test_a_lost_part_of_an_unfinished_job(
+    corpus: Path, probes: Path, finished: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(running, "finish", lambda *_: pytest.exit("stopped"))
+    with pytest.raises(pytest.exit.Exception):
+        run(corpus, probes, out, "--keep-traces")
+    monkeypatch.undo()
+    sorted((out / "scores").glob("*"))[2].unlink()
+    assert run(corpus, probes, out, "--keep-traces").exit_code == 0
+    assert files(out) == files(finished)
+
+
+def test_an_input_that_moved_is_the_same(corpus: Path, probes: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    shutil.copy2(corpus, first / "c.jsonl")
+    assert run(first / "c.jsonl", probes, tmp_path / "out", "--max-rows", 30).exit_code == 0
+    first.rename(second)
+    assert "nothing to do" in run(second / "c.jsonl", probes, tmp_path / "out", "--max-rows", 30).output
+    assert score("--verify", tmp_path / "out", "--rows", 5).exit_code == 0
+
+
+def test_broken_numbers_are_rejected_row_by_row(corpus: Path, probes: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    original = worker.Kernel.score
+    broken = {"every": False}
+
+    def spoil(kernel: Any, ids: Any, spans: Any) -> Any:
+        found = original(kernel, ids, spans)
+        for n in range(len(found.problem)):
+            if broken["every"] or n % 2:
+                found.problem[n] = "not_finite"
+        return found
+
+    monkeypatch.setattr(worker.Kernel, "score", spoil)
+    assert run(corpus, probes, tmp_path / "half", "--max-rows", 30).exit_code == 0
+    reasons = json.loads((tmp_path / "half/manifest.json").read_text())["reasons"]
+    assert reasons["not_finite"] == 13  # every other one of 23 good rows in the first block and of 5 in the second
+    broken["every"] = True
+    monkeypatch.setattr(worker, "_MANY", 40)
+    result = run(corpus, probes, tmp_path / "all")
+    assert result.exit_code == 2
+    assert "not finite" in result.output
+
+
 def test_a_folder_of_something_else_is_left_alone(corpus: Path, probes: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     for more in ((), ("--overwrite",)):
@@ -216,6 +306,49 @@ def test_compressed_and_plain_files_score_alike(finished: Path, probes: Path, co
     a, b = read(tmp_path / "out", "scores"), read(finished, "scores")
     for name in ("row", "id", "plateau", "final", "cliff", "closing_drops"):
         assert a[name].equals(b[name]), name
+
+
+def test_a_block_at_which_workers_die_is_given_up(corpus: Path, probes: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its attempts are counted before it is scored, so that a worker's death counts."""
+
+    def die(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.Kernel, "score", die)
+        patch.setattr(running, "remove", lambda _: None)  # attempts count within a run: here, over several
+        for _ in range(worker.MAX_ATTEMPTS):
+            assert run(corpus, probes, tmp_path / "out").exit_code == 1
+        result = run(corpus, probes, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "block 0 was begun 5 times" in result.output
+    assert run(corpus, probes, tmp_path / "out").exit_code == 0, "a new run tries anew"
+
+
+def test_other_blocks_are_done_beside_one_that_cannot_be(tmp_path: Path, monkeypatch: Any) -> None:
+    from clifflab.config import RuntimeConfig
+    from clifflab.errors import InputError, WorkerError
+    from clifflab.runtime.score_pool import RayPool
+    from clifflab.scoring.wire import failed_receipt, receipt_row
+
+    class Rows:
+        def __init__(self, rows: list[Any]) -> None:
+            self.iter_rows = rows.__iter__
+
+    def got(*rows: Any) -> tuple[list[int], str]:
+        monkeypatch.setattr(RayPool, "_dataset", lambda *_: Rows(list(rows)))
+        found = []
+        try:
+            for receipt in RayPool(RuntimeConfig()).run(None, tmp_path, "", None, []):  # type: ignore[arg-type]
+                found.append(receipt["block"])
+        except (WorkerError, InputError) as error:
+            return found, str(error)
+        return found, ""
+
+    one, two = receipt_row({"block": 1}), receipt_row({"block": 2})
+    assert got(one, failed_receipt(WorkerError("poison")), two) == ([1, 2], "poison")
+    wrong = failed_receipt(InputError("--input", "x", "changed", "copy it again"))
+    assert got(one, wrong, two) == ([1], "--input: x: changed; copy it again")
 
 
 def test_several_probes_in_one_pass(corpus: Path, probes: Path, finished: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -99,8 +98,12 @@ class Counted(Protocol):
         """Something worth knowing."""
         ...
 
-    def begin(self, total: int, done: Sequence[dict[str, Any]]) -> None:
-        """Of ``total`` rows those of these receipts are done."""
+    def begin(self, total: int) -> None:
+        """A job of so many rows; the blocks that are done already follow."""
+        ...
+
+    def work(self) -> None:
+        """The work begins."""
         ...
 
     def add(self, receipt: dict[str, Any]) -> None:
@@ -118,7 +121,10 @@ class SilentCount:
     def note(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, total: int, done: Sequence[dict[str, Any]]) -> None:
+    def begin(self, total: int) -> None:
+        """Nothing."""
+
+    def work(self) -> None:
         """Nothing."""
 
     def add(self, receipt: dict[str, Any]) -> None:

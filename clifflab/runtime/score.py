@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from clifflab.artifacts import HashCache, output_error, read_parquet, remove, write_atomic, write_parquet
-from clifflab.errors import OutputError
 from clifflab.models.loading import absolute, load_renderer, model_identity, resolve_spec
 from clifflab.models.sizes import model_sizes
 from clifflab.runtime.progress import Counted
@@ -71,10 +70,8 @@ def score(job: Job, place: Path, pool: Callable[[], Pool], progress: Counted, *,
         OutputError: The folder holds something else, or cannot be written.
         WorkerError: Workers died at one block too often.
     """
-    if "://" in str(place):
-        raise OutputError("--output", place, "is no local folder", "give a folder that all workers see")
     folder = Folder(place)
-    job = job.model_copy(update={"model": resolve_spec(absolute(job.model))})
+    job = _settled(job)
     sources = find_sources(job.input)
     probes = load_probes(job.probes, job.settings.probes)
     with folder.lock():
@@ -82,39 +79,71 @@ def score(job: Job, place: Path, pool: Callable[[], Pool], progress: Counted, *,
         model, template = model_identity(job.model, hashes), load_renderer(job.model).template_hash
         sizes = model_sizes(job.model)
         check_probes(probes, model, template, sizes.layers, sizes.width)
-        identity = job.identity(model, template, sources)
-        fingerprint = folder.claim(job, identity, overwrite=overwrite)
-        hashes.save()
-        manifest = folder.manifest()
+        identity = job.identity(model, probes, template, sources)
+        mine = folder.holds(identity, overwrite=overwrite)
+        manifest = folder.manifest() if mine else None
         if manifest is not None:
+            folder.take(job, identity, anew=False)
             clear_work(folder)
             return Finished(place, manifest, again=True)
         carrier = pool()
-        blocks, duplicates = _layout(job, folder, sources, carrier, progress)
-        corpus = Corpus(job, tuple(sources), str(duplicates))
-        corpus.check(blocks)
-        _work(job, folder, fingerprint, corpus, blocks, carrier, progress)
-        return Finished(place, finish(folder, fingerprint, blocks, identity), again=False)
+        layout = _kept_layout(folder) if mine else None
+        if layout is None:
+            layout = _new_layout(job, folder, sources, carrier, progress)
+        corpus = Corpus(job, tuple(sources), str(folder.root / DUPLICATES))
+        corpus.check(layout.blocks)  # before anything is thrown away
+        fingerprint = folder.take(job, identity, anew=not mine)
+        hashes.save()
+        layout.keep(folder)
+        _work(folder, fingerprint, corpus, layout.blocks, carrier, progress)
+        return Finished(place, finish(folder, fingerprint, layout.blocks, identity, len(probes)), again=False)
 
 
-def _layout(
-    job: Job, folder: Folder, sources: Sequence[Source], pool: Pool, progress: Counted
-) -> tuple[list[Block], Path]:
-    """The blocks and the rows whose id came before, found once and kept."""
-    kept, duplicates = folder.root / BLOCKS, folder.root / DUPLICATES
-    if kept.is_file() and duplicates.is_file():
-        return [Block(**row) for row in read_parquet(kept).to_pylist()], duplicates
+def _settled(job: Job) -> Job:
+    """The job with its model resolved, and a full path for a local input."""
+    path = job.input
+    if "://" not in path and not path.startswith("hf:"):
+        path = str(Path(path).expanduser().absolute())
+    model = resolve_spec(absolute(job.model))
+    return job.model_copy(update={"model": model, "input": path, "rows": job.rows.model_copy(update={"path": path})})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the input is done.
+
+    Attributes:
+        blocks: All blocks.
+        duplicates: Rows whose id came before, ascending; ``None`` where they are kept already.
+    """
+
+    blocks: list[Block]
+    duplicates: Any
+
+    def keep(self, folder: Folder) -> None:
+        """Write it down for the tasks, and for a resume; the blocks last."""
+        if self.duplicates is None:
+            return
+        write_atomic(folder.root / DUPLICATES, lambda scratch: _save(scratch, self.duplicates))
+        names = list(Block.__dataclass_fields__)
+        columns = {name: [getattr(block, name) for block in self.blocks] for name in names}
+        write_parquet(folder.root / BLOCKS, pa.table(columns, schema=pa.schema([(name, pa.int64()) for name in names])))
+
+
+def _kept_layout(folder: Folder) -> Layout | None:
+    """What an earlier run found."""
+    if not (folder.root / BLOCKS).is_file() or not (folder.root / DUPLICATES).is_file():
+        return None
+    return Layout([Block(**row) for row in read_parquet(folder.root / BLOCKS).to_pylist()], None)
+
+
+def _new_layout(job: Job, folder: Folder, sources: Sequence[Source], pool: Pool, progress: Counted) -> Layout:
+    """One pass over the input: rows, where blocks begin, ids that come twice."""
     progress.note(f"reading the ids of {len(sources)} file{'s' if len(sources) > 1 else ''}")
-    rows = job.settings.block_rows
-    indexes = pool.index(Indexer(job.rows.columns.get("id", "id"), rows, job.max_rows), sources)
+    indexer = Indexer(job.rows.columns.get("id", "id"), job.settings.block_rows, job.max_rows)
+    indexes = pool.index(indexer, sources)
     blocks = plan_blocks(indexes, job.max_rows)
-    found = find_duplicates(id_arrays(sources, indexes), folder.work(INDEX))
-    write_atomic(duplicates, lambda scratch: _save(scratch, found))
-    names = list(Block.__dataclass_fields__)
-    columns_of = {name: [getattr(block, name) for block in blocks] for name in names}
-    schema = pa.schema([(name, pa.int64()) for name in names])
-    write_parquet(kept, pa.table(columns_of, schema=schema))
-    return blocks, duplicates
+    return Layout(blocks, find_duplicates(id_arrays(sources, indexes), folder.work(INDEX)))
 
 
 @dataclass(frozen=True)
@@ -136,22 +165,27 @@ def _save(path: Path, rows: Any) -> None:
 
 
 def _work(
-    job: Job, folder: Folder, fingerprint: str, corpus: Corpus, blocks: Sequence[Block], pool: Pool, progress: Counted
+    folder: Folder, fingerprint: str, corpus: Corpus, blocks: Sequence[Block], pool: Pool, progress: Counted
 ) -> None:
     """Do the blocks that have no receipt."""
-    done = [committed(folder, fingerprint, block.number) for block in blocks]
-    left = [block for block, receipt in zip(blocks, done, strict=True) if receipt is None]
-    wanted = {block.number for block in left}
+    progress.begin(sum(block.rows for block in blocks))
+    wanted: set[int] = set()
+    for block in blocks:
+        receipt = committed(folder, fingerprint, block.number)
+        if receipt is None:
+            wanted.add(block.number)
+        else:
+            progress.add(receipt)
     events = _Events(folder.root / EVENTS)
     # Attempts count within a run: what kept failing may succeed with other settings, or more memory.
-    events.write("start", blocks=len(blocks), done=len(blocks) - len(left), begun=_attempts(folder))
+    events.write("start", blocks=len(blocks), done=len(blocks) - len(wanted), begun=_attempts(folder))
     remove(folder.work(ATTEMPTS))
-    progress.begin(sum(block.rows for block in blocks), [receipt for receipt in done if receipt])
-    if not left:
+    if not wanted:
         return
     units = [[block for block in unit if block.number in wanted] for unit in units_of(corpus.sources, blocks)]
+    progress.work()
     try:
-        for receipt in pool.run(job, folder.root, fingerprint, corpus, [unit for unit in units if unit]):
+        for receipt in pool.run(corpus.job, folder.root, fingerprint, corpus, [unit for unit in units if unit]):
             events.block(receipt)
             progress.add(receipt)
         events.write("end", begun=_attempts(folder))

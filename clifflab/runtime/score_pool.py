@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from clifflab.scoring.worker import BlockScorer
 _ACTOR_CPUS, _TASK_CPUS, _GPU_ACTOR_CPUS = 0.75, 0.25, 0.5
 _INIT_DEATHS = 20
 _MESSAGES = "ray.log"
+_MOST_TASKS = 4096
 
 
 class InlinePool:
@@ -72,19 +75,27 @@ class RayPool:
 
     def start(self) -> RayPool:
         """Start Ray, unless it runs."""
+        import torch
+
         from clifflab.runtime.local import start_ray
 
-        self._started |= start_ray(self._settings)
+        settings = self._settings
+        if torch.cuda.is_available():  # workers are GPUs then, and tasks need cores beside them
+            settings = settings.model_copy(update={"workers": "auto"})
+        self._started |= start_ray(settings)
         return self
 
     def index(self, one: Callable[[Source], SourceIndex], sources: Sequence[Source]) -> list[SourceIndex]:
         """Index every source, in order; large inputs of many files by several tasks at once."""
         import ray
 
-        task: Any = ray.remote(num_cpus=1)(_Indexed(one).__call__) if len(sources) > 1 else None
-        if task is None:
-            return [one(source) for source in sources]
-        found: list[Any] = ray.get([task.remote(source) for source in sources])
+        if len(sources) == 1:
+            return [one(sources[0])]
+        task: Any = ray.remote(num_cpus=1)(_Indexed(one).__call__)
+        try:
+            found: list[Any] = ray.get([task.remote(source) for source in sources])
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"score: reading the ids failed ({_last_line(error)}); run again") from error
         for index in found:
             if isinstance(index, ClifflabError):
                 raise index
@@ -103,20 +114,24 @@ class RayPool:
         from clifflab.runtime.local import native_messages_in
 
         rows = self._dataset(job, root, fingerprint, corpus, units)
+        poison: WorkerError | None = None
         try:
             with native_messages_in(root / WORK / _MESSAGES):
                 for row in rows.iter_rows():
-                    yield receipt_of(row)
+                    try:
+                        yield receipt_of(row)
+                    except WorkerError as error:  # one block that cannot be done: the others can
+                        poison = poison or error
         except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            problem = (
-                f"score: the pipeline failed ({shorten(lines[-1])}); Ray's messages are in {root / WORK / _MESSAGES}"
-            )
+            where = root / WORK / _MESSAGES
+            problem = f"score: the pipeline failed ({_last_line(error)}); Ray's messages are in {where}"
             raise WorkerError(f"{problem}; run again: it continues") from error
         finally:
             # A dataset that failed keeps its actors until it is collected.
             del rows
             gc.collect()
+        if poison:
+            raise poison
 
     def _dataset(self, job: Job, root: Path, fingerprint: str, corpus: Corpus, units: Sequence[list[Block]]) -> Any:
         """Units to prepared blocks in tasks, to receipts in actors; nothing runs before it is read."""
@@ -134,10 +149,12 @@ class RayPool:
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # a row of the dataset is a block of the corpus, and travels alone
         context.max_consecutive_actor_init_deaths = _INIT_DEATHS
-        numbers: Any = ray.data.from_items([{"unit": n} for n in range(len(units))], override_num_blocks=len(units))
-        prepared = numbers.map_batches(
-            _Prepare(corpus, ray.put(list(units))), batch_size=1, num_cpus=1 if gpus else _TASK_CPUS
-        )
+        cpus = int(resources.get("CPU", 1))
+        items = [{"unit": json.dumps([asdict(block) for block in unit])} for unit in units]
+        rows: Any = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_TASKS))
+        # Beside GPUs a task has a core, where there are more of them than actors.
+        task_cpus = 1 if gpus and cpus >= 2 * gpus else _TASK_CPUS
+        prepared = rows.map_batches(_Prepare(corpus), batch_size=1, num_cpus=task_cpus)
         return prepared.map_batches(
             _Score,
             fn_constructor_args=(job, str(root), fingerprint, 0 if gpus else self._settings.threads),
@@ -164,18 +181,15 @@ class _Indexed:
 class _Prepare:
     """Reads units and prepares their blocks, one row a block."""
 
-    def __init__(self, corpus: Corpus, units: Any) -> None:
-        self._corpus, self._units = corpus, units
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        import ray
-
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every task has a core, or a part of one
-        units = ray.get(self._units)
         prepare = UnitPreparer(self._corpus)
-        for number in rows["unit"].tolist():
+        for text in rows["unit"].tolist():
             try:
-                for prepared in prepare(units[number]):
+                for prepared in prepare([Block(**block) for block in json.loads(text)]):
                     yield {name: [value] for name, value in pack(prepared).items()}
             except ClifflabError as error:
                 yield {name: [value] for name, value in failed(error).items()}
@@ -190,6 +204,9 @@ class _Score:
             self._scorer = BlockScorer(job, Path(root), fingerprint, threads)
         except ClifflabError as error:
             self._error = failed_receipt(error)["error"]
+        except Exception as error:  # noqa: BLE001 - Ray would try again and again: one line, and the end
+            problem = f"score: the model cannot be made ready ({shorten(str(error) or type(error).__name__)})"
+            self._error = failed_receipt(ClifflabError(problem))["error"]
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         for number in range(len(rows["error"])):
@@ -202,6 +219,11 @@ class _Score:
             except ClifflabError as error:
                 found = failed_receipt(error)
             yield {name: [value] for name, value in found.items()}
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(lines[-1])
 
 
 def _node() -> str:

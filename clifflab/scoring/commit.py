@@ -6,19 +6,35 @@ A block is there when its receipt is: files without one are leftovers, and are w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clifflab import tables
-from clifflab.artifacts import file_hash, package_versions, read_json, remove, write_json, write_parquet
+from clifflab.artifacts import file_hash, package_versions, read_json, remove, write_atomic, write_json, write_parquet
 from clifflab.errors import ClifflabError
-from clifflab.scoring.job import ATTEMPTS, INDEX, MANIFEST, PARTS, RECEIPTS, REJECTS, SCORES, TRACES, Folder
+from clifflab.scoring.job import (
+    ATTEMPTS,
+    BLOCKS,
+    DUPLICATES,
+    INDEX,
+    MANIFEST,
+    PARTS,
+    RECEIPTS,
+    REJECTS,
+    SCORES,
+    TRACES,
+    Folder,
+    has_size,
+)
 from clifflab.scoring.types import Block, Reject
 
 Receipt = dict[str, Any]
+_TOTALS = ("read", "scored", "tokens", "padding", "cut")
+_AT_ONCE = 1000  # receipts that are held in memory
 PARTS_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
@@ -49,7 +65,7 @@ def commit(
         block: The block.
         found: Tables by kind; an empty table of rejects is not written.
         rejects: Rows that are not scored.
-        about: What else the receipt tells: ``read``, ``scored``, ``tokens``.
+        about: What else the receipt tells: ``read``, ``scored``, ``tokens``, ``padding``, ``cut``, ``way``.
 
     Raises:
         OutputError: The disk is full or the folder cannot be written.
@@ -68,6 +84,7 @@ def commit(
         files[-1]["sha256"] = digest
     receipt = {
         "block": block.number,
+        "rows": block.rows,
         "fingerprint": fingerprint,
         **about,
         "rejected": dict(sorted(Counter(reject.reason for reject in rejects).items())),
@@ -82,45 +99,65 @@ def commit(
 
 
 def committed(folder: Folder, fingerprint: str, block: int) -> Receipt | None:
-    """A block's receipt, if it is there and this job's."""
+    """A block's receipt, if it is there, this job's, and so are the files that it names."""
     receipt = read_json(folder.receipt(block))
-    return receipt if isinstance(receipt, dict) and receipt.get("fingerprint") == fingerprint else None
+    if not isinstance(receipt, dict) or receipt.get("fingerprint") != fingerprint:
+        return None
+    whole = all(has_size(folder.root / file["file"], file["bytes"]) for file in receipt["files"])
+    return receipt if whole else None
 
 
-def finish(folder: Folder, fingerprint: str, blocks: Sequence[Block], identity: dict[str, Any]) -> dict[str, Any]:
+def finish(
+    folder: Folder, fingerprint: str, blocks: Sequence[Block], identity: dict[str, Any], probes: int
+) -> dict[str, Any]:
     """Add the receipts up, write the manifest, and clear away what only an unfinished job needs.
 
+    Args:
+        folder: The job's folder.
+        fingerprint: The job's.
+        blocks: All its blocks.
+        identity: What the fingerprint is made of.
+        probes: How many probes are read of each trace.
+
     Raises:
-        CountsError: A block has no receipt.
+        CountsError: A block has no receipt, or the counts do not add up.
     """
-    receipts: list[Receipt] = []
-    for block in blocks:
-        receipt = committed(folder, fingerprint, block.number)
-        if receipt is None:
-            raise CountsError(f"block {block.number} has no receipt; run again: it continues")
-        receipts.append(receipt)
-    rejected: Counter[str] = Counter()
-    for receipt in receipts:
-        rejected.update(receipt["rejected"])
-    files = [{"block": receipt["block"], **file} for receipt in receipts for file in receipt["files"]]
-    write_parquet(folder.root / PARTS, pa.Table.from_pylist(files, schema=PARTS_SCHEMA))
-    totals = {
-        name: sum(receipt[name] for receipt in receipts) for name in ("read", "scored", "tokens", "padding", "cut")
-    }
-    manifest = {
+    totals, reasons, ways = Counter[str](), Counter[str](), Counter[str]()
+    kept: set[str] = set()
+
+    def write(scratch: Path) -> None:
+        with pq.ParquetWriter(scratch, PARTS_SCHEMA, compression="zstd") as writer:
+            for start in range(0, len(blocks), _AT_ONCE):
+                rows: list[dict[str, Any]] = []
+                for block in blocks[start : start + _AT_ONCE]:
+                    receipt = committed(folder, fingerprint, block.number)
+                    if receipt is None:
+                        raise CountsError(f"block {block.number} has no receipt; run again: it continues")
+                    totals.update({name: receipt[name] for name in _TOTALS})
+                    reasons.update(receipt["rejected"])
+                    ways[receipt["way"]] += 1
+                    rows += [{"block": block.number, **file} for file in receipt["files"]]
+                kept.update(row["file"] for row in rows)
+                writer.write_table(pa.Table.from_pylist(rows, schema=PARTS_SCHEMA))
+
+    write_atomic(folder.root / PARTS, write)
+    manifest: dict[str, Any] = {
         "status": "complete",
         "fingerprint": fingerprint,
-        **totals,
-        "rejected": sum(rejected.values()),
-        "reasons": dict(sorted(rejected.items())),
+        **{name: totals[name] for name in _TOTALS},
+        "rejected": sum(reasons.values()),
+        "reasons": dict(sorted(reasons.items())),
         "blocks": len(blocks),
-        "parts": {"file": PARTS, "files": len(files), "sha256": file_hash(folder.root / PARTS)},
+        "probes": probes,
+        "ways": dict(sorted(ways.items())),
+        "parts": {"file": PARTS, "files": len(kept), "sha256": file_hash(folder.root / PARTS)},
+        "sides": {name: file_hash(folder.root / name) for name in (BLOCKS, DUPLICATES)},
         "identity": identity,
         "versions": package_versions(every=True),
     }
     if manifest["read"] != manifest["scored"] + manifest["rejected"]:
         raise CountsError(f"{manifest['read']} rows read, {manifest['scored']} scored, {manifest['rejected']} rejected")
-    clear_strays(folder, (file["file"] for file in files))
+    clear_strays(folder, kept)
     write_json(folder.root / MANIFEST, manifest)
     clear_work(folder)
     return manifest
@@ -133,9 +170,8 @@ def clear_work(folder: Folder) -> None:
         remove(folder.work(name))
 
 
-def clear_strays(folder: Folder, files: Iterable[str]) -> None:
-    """Remove parts that no receipt names, as an earlier layout of the blocks may have left them."""
-    kept = set(files)
+def clear_strays(folder: Folder, kept: Collection[str]) -> None:
+    """Remove parts that no receipt names, and what a killed worker was writing."""
     for file in [file for kind in (SCORES, REJECTS, TRACES) for file in (folder.root / kind).glob("*")]:
         if f"{file.parent.name}/{file.name}" not in kept:
             remove(Path(file))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clifflab.artifacts import code_hash, file_hash, fingerprint, read_parquet
 from clifflab.errors import InputError
-from clifflab.scoring.job import BLOCKS, CODE, DUPLICATES, PARTS, REJECTS, SCORES, Folder, Job
+from clifflab.scoring.job import BLOCKS, CODE, DUPLICATES, PARTS, REJECTS, SCORES, Folder, Job, input_identity
 from clifflab.scoring.types import Block
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # of a score
@@ -149,7 +149,7 @@ def _again(
     if about["identity"]["code"] != code_hash(CODE):
         return Check("scores", False, "written by another version of clifflab; score again to compare")
     sources = find_sources(job.input)
-    if job.identity({}, "", sources)["input"] != about["identity"]["input"]:
+    if input_identity(sources) != about["identity"]["input"]:
         return Check("scores", False, "the input changed since")
     blocks = [Block(**row) for row in read_parquet(folder.root / BLOCKS).to_pylist()]
     totals = {

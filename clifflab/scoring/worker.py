@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clifflab.scoring.table import inputs_of, scored_table
 from clifflab.scoring.types import NOT_FINITE, TOO_LONG, Prepared, Reject
 
 MAX_ATTEMPTS = 5
+_MANY = 100  # traces that a model must fail at before it is taken for broken
 
 
 class BlockScorer:
@@ -49,12 +51,14 @@ class BlockScorer:
         self._loaded = loaded or load(job.model)
         self._probes = load_probes(job.probes, job.settings.probes)
         self._kernel = Kernel(self._loaded, self._probes, job.window, job.settings.token_budget)
+        self._finite, self._broken = False, 0
 
     def __call__(self, prepared: Prepared) -> Receipt:
         """Score one block; a block that is committed already is left as it is.
 
         Raises:
             OutputError: The disk is full or the folder cannot be written.
+            InputError: The model yields nothing finite.
             WorkerError: Workers died at this block too often.
         """
         block, name = prepared.block, self._job.rows.name
@@ -69,8 +73,7 @@ class BlockScorer:
             ready, unfinished = complete(self._loaded, prepared, self._job.generate, self._job.seed, name, settings)
             rejects += unfinished
         found = self._kernel.score(*inputs_of(ready))
-        if ready.num_rows > 1 and set(found.problem) == {NOT_FINITE}:
-            raise not_finite(self._loaded, f"in all traces of block {block.number}")
+        self._check_finite(found.problem)
         parts = {SCORES: scored_table(ready, found, self._probes, self._job.model.name, name)}
         good = pa.array([not problem for problem in found.problem], pa.bool_())
         if settings.keep_traces:
@@ -83,10 +86,22 @@ class BlockScorer:
             "scored": pc.sum(good).as_py() or 0,
             "tokens": found.tokens,
             "padding": found.padding,
+            "way": self._kernel.mode,
             "cut": pc.sum(pc.greater(ready["cut_tokens"], 0)).as_py() or 0,
         }
         receipt = commit(self._folder, self._fingerprint, block, parts, rejects, about)
         return {**receipt, "seconds": round(time.monotonic() - began, 3), "pid": os.getpid()}
+
+    def _check_finite(self, problems: Sequence[str]) -> None:
+        """Rows that are not finite are rejected one by one; a model that yields nothing else ends the job.
+
+        Raises:
+            InputError: No trace so far was finite, of many.
+        """
+        self._finite |= any(problem != NOT_FINITE for problem in problems)
+        self._broken += len(problems)
+        if not self._finite and self._broken >= _MANY:
+            raise not_finite(self._loaded, f"in all of {self._broken} traces")
 
     def _attempt(self, block: int) -> None:
         """Note that the block is begun.
