@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,7 +70,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OutputError: The disk is full or the folder cannot be written; the old file, if any, is untouched.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of one number.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)

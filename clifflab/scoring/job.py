@@ -130,7 +130,8 @@ class Folder:
         about = self.about()
         if about is not None and about.get("fingerprint") == name:
             return name
-        strange = sorted(p.name for p in self.root.iterdir() if p.name not in (*_OURS, ".lock"))
+        others = [path for path in self.root.iterdir() if path.name not in (*_OURS, ".lock")]
+        strange = sorted(path.name for path in others if not path.match(".*.tmp"))  # those are a killed run's
         if strange and about is None:
             problem = f"holds other files ({strange[0]})"
             raise OutputError("--output", self.root, problem, "choose an empty or new folder")
