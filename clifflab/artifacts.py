@@ -70,7 +70,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OutputError: The disk is full or the folder cannot be written; the old file, if any, is untouched.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # nodes may share pids
+    # Machines that share a folder may have processes of one number.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)
