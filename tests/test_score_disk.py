@@ -1,4 +1,4 @@
-"""``clifflab score`` on a disk that fills up: it stops with one line, and goes on when space is made."""
+"""``clifflab score`` on a disk that fills up stops with one line and goes on later; leftovers of killed runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from clifflab.errors import WorkerError
+from clifflab.scoring.job import Folder
+from clifflab.scoring.worker import MAX_ATTEMPTS, BlockScorer
 from tests.chaos import contents
 from tests.score_files import PLANTED, practice, score, write_jsonl, write_probes
 
@@ -55,3 +58,36 @@ def test_a_full_disk_stops_it_and_it_goes_on(tmp_path: Path, runtime: str, monke
     whole = score(*args, "--output", tmp_path / "whole", "--runtime", "inline")
     assert whole.exit_code == 0, whole.output
     assert contents(tmp_path / "scores") == contents(tmp_path / "whole")
+
+
+def test_killed_at_the_first_file(tmp_path: Path) -> None:
+    """A file that was being written when the command was killed is not somebody else's, and does not stay."""
+    probes = write_probes(tmp_path / "probes")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", practice(4))
+    args = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--runtime", "inline"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".job.json.123-ab.tmp").write_text("{")
+    done = score(*args, "--output", out)
+    assert done.exit_code == 0, done.output
+    assert list(out.glob(".*.tmp")) == []
+    (out / "mine.tmp").write_text("keep")
+    (out / "job.json").unlink()
+    assert "holds other files (mine.tmp)" in score(*args, "--output", out, "--overwrite").output
+
+
+def test_attempts_count_within_a_run(tmp_path: Path) -> None:
+    """A block whose workers kept dying is given up, and tried anew by the next run: its settings may be others."""
+    scorer = object.__new__(BlockScorer)
+    scorer._folder = Folder(tmp_path / "out")
+    for _ in range(MAX_ATTEMPTS):
+        scorer._attempt(0)
+    with pytest.raises(WorkerError, match="block 0 was begun 5 times"):
+        scorer._attempt(0)
+    probes = write_probes(tmp_path / "probes")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", practice(4))
+    args = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--runtime", "inline"]
+    done = score(*args, "--output", tmp_path / "out", "--token-budget", 64)
+    assert done.exit_code == 0, done.output
+    log = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert [event["begun"] for event in log if "begun" in event] == [MAX_ATTEMPTS, 1]

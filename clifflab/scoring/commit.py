@@ -168,6 +168,8 @@ def clear_work(folder: Folder) -> None:
     remove(folder.root / RECEIPTS)
     for name in (INDEX, ATTEMPTS):
         remove(folder.work(name))
+    for left in folder.root.glob(".*.tmp"):  # of a run that was killed
+        remove(left)
 
 
 def clear_strays(folder: Folder, kept: Collection[str]) -> None:
