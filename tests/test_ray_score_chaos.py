@@ -18,16 +18,33 @@ from tests.studies import events
 WORKERS = 2
 
 
-def disturbed(forkserver: Server, folder: Path, rows: int, block: int, plan: Plan) -> tuple[Account, Path]:
-    """The results of a run by plan are those of one process; what happened, and where they are."""
-    probes, corpus = write_probes(folder / "probes"), folder / "corpus.jsonl"
+def disturbed(
+    forkserver: Server,
+    folder: Path,
+    rows: int,
+    block: int,
+    plan: Plan,
+    model: str = PLANTED.path,
+    *,
+    alone: bool = True,
+) -> tuple[Account, Path]:
+    """The results of a run by plan are those of an undisturbed one; what happened, and where they are.
+
+    The undisturbed run is in this process (``alone``), or by as many workers.
+    """
+    spec = PLANTED.model_copy(update={"path": model})
+    probes, corpus = write_probes(folder / "probes", spec), folder / "corpus.jsonl"
     made = ["organism", "corpus", "--rows", str(rows), "--malformed", "0.02", "--out", str(corpus)]
     assert CliRunner().invoke(commands, made).exit_code == 0
-    common = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--block-rows", str(block)]
-    quiet = score(*common, "--output", folder / "quiet", "--runtime", "inline")
-    assert quiet.exit_code == 0, quiet.output
-    root = folder / "scores"
-    args = ["score", *common, "--output", str(root), "--workers", str(plan.workers)]
+    common = ["--model", model, "--probes", str(probes), "--input", str(corpus), "--block-rows", str(block)]
+    root, pool = folder / "scores", ["--workers", str(plan.workers)]
+    args = ["score", *common, "--output", str(root), *pool]
+    if alone:
+        quiet = score(*common, "--output", folder / "quiet", "--runtime", "inline")
+        assert quiet.exit_code == 0, quiet.output
+    else:
+        args_quiet = ["score", *common, "--output", str(folder / "quiet"), *pool]
+        assert forkserver.start(args_quiet, folder, os.environ).wait(plan.limit) == 0
     account = Chaos(lambda: forkserver.start(args, folder, os.environ), root, plan).run()
     assert account.runs == [-9] * len(plan.driver) + [0]
     check_results(root, corpus, read_planted(corpus))
@@ -59,13 +76,17 @@ def test_killed_worker_and_driver(forkserver: Server, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again(forkserver: Server, tmp_path: Path) -> None:
-    """A worker every 20 seconds, the driver at 30% and at 70%; CLIFFLAB_CHAOS_ROWS and CLIFFLAB_CHAOS_EVERY: less."""
+    """A worker every 20 seconds, the driver at 30% and at 70%.
+
+    CLIFFLAB_CHAOS_ROWS, CLIFFLAB_CHAOS_EVERY and CLIFFLAB_CHAOS_MODEL (a checkpoint of the planted language): for less.
+    """
+    model = os.environ.get("CLIFFLAB_CHAOS_MODEL", PLANTED.path)
     rows = int(os.environ.get("CLIFFLAB_CHAOS_ROWS", "200000"))
     every = float(os.environ.get("CLIFFLAB_CHAOS_EVERY", "20"))
     block = max(10, min(1000, rows // 200))
     blocks = -(-rows // block)
     plan = Plan(blocks, WORKERS, driver=(0.3, 0.7), kills=5, every=every, apart=blocks // 50, limit=3600)
-    account, root = disturbed(forkserver, tmp_path, rows, block, plan)
+    account, root = disturbed(forkserver, tmp_path, rows, block, plan, model, alone=False)
     for kill, again in zip(account.kills, account.repeated(), strict=True):
         print(f"{kill.what} killed at {kill.done} of {blocks} blocks: {again} scored again")
     check_account(account, root, plan)
