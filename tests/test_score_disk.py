@@ -78,10 +78,6 @@ def test_killed_at_the_first_file(tmp_path: Path) -> None:
 
 def test_attempts_count_within_a_run(tmp_path: Path) -> None:
     """A block whose workers kept dying is given up, and tried anew by the next run: its settings may be others."""
-<<<<<<< HEAD
-    scorer = object.__new__(BlockScorer)
-    scorer._folder = Folder(tmp_path / "out")
-=======
     probes = write_probes(tmp_path / "probes")
     corpus = write_jsonl(tmp_path / "corpus.jsonl", practice(4))
     args = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--runtime", "inline"]
@@ -90,22 +86,11 @@ def test_attempts_count_within_a_run(tmp_path: Path) -> None:
     (out / "manifest.json").unlink()
     scorer = object.__new__(BlockScorer)
     scorer._folder = Folder(out)
->>>>>>> wip-scale
     for _ in range(MAX_ATTEMPTS):
         scorer._attempt(0)
     with pytest.raises(WorkerError, match="block 0 was begun 5 times"):
         scorer._attempt(0)
-<<<<<<< HEAD
-    probes = write_probes(tmp_path / "probes")
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", practice(4))
-    args = ["--model", PLANTED.path, "--probes", str(probes), "--input", str(corpus), "--runtime", "inline"]
-    done = score(*args, "--output", tmp_path / "out", "--token-budget", 64)
-    assert done.exit_code == 0, done.output
-    log = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
-    assert [event["begun"] for event in log if "begun" in event] == [MAX_ATTEMPTS, 1]
-=======
     done = score(*args, "--output", out, "--token-budget", 64)
     assert done.exit_code == 0, done.output
     log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [event["begun"] for event in log if "begun" in event] == [0, 1, MAX_ATTEMPTS, 1]
->>>>>>> wip-scale
