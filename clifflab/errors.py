@@ -6,6 +6,18 @@ other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+
+# What an address may carry beside its place: a name and a password before the host, a query behind the path. A colon
+# in front of digits alone is a port; CONTAINER@ACCOUNT of Azure's stores is a place.
+_USERINFO = re.compile(
+    r"(?<=://)(?!\[|[\w$-]+@\w+\.(?:dfs|blob)\.core\.)(?:[^/?#\s]*@|[^/?#@\s]*:(?!\d*(?:[/?#]|$))[^@\s]*@)"
+)
+_QUERY = re.compile(
+    r"(https?://[^\s?]*\?(?=[^\s<])|[a-z][a-z0-9+.-]*://[^\s?]*\?(?=[\w.%-]+=))[^\s'\")]*", re.IGNORECASE
+)
+_PUBLIC = "anonymous@"  # how a bucket is asked without a credential
+
 
 class ClifflabError(Exception):
     """Base of the errors that a user can mend.
@@ -82,5 +94,26 @@ def shorten(value: object, limit: int = 120) -> str:
 
 
 def one_line(text: str) -> str:
-    """Collapse all white space, so that an error is one line whatever the value held."""
-    return " ".join(text.split())
+    """Text that may be shown: one line of printable characters, whatever it held.
+
+    White space is collapsed; what could drive a terminal or turn the direction of reading is written as its code.
+    """
+    text = without_credentials(" ".join(text.split()))
+    return text if text.isprintable() else "".join(c if c.isprintable() else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def holds_credentials(address: str) -> bool:
+    """Whether an address names a user or a password in front of its host."""
+    return any(found[0] != _PUBLIC for found in _USERINFO.finditer(address))
+
+
+def without_credentials(text: str) -> str:
+    """Text whose addresses show neither who asks nor a query, which may be a signature."""
+    if "://" not in text:
+        return text
+    text = _USERINFO.sub(lambda found: found[0] if found[0] == _PUBLIC else "<credentials>@", text)
+    return _QUERY.sub(r"\1<query>", text)

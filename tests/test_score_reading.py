@@ -7,6 +7,9 @@ import gzip
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +29,7 @@ from clifflab.cli import organism
 from clifflab.config import ModelSpec, PromptSet
 from clifflab.config.score import ScoreConfig
 from clifflab.data.files import iter_rows
-from clifflab.errors import InputError
+from clifflab.errors import InputError, OutputError
 from clifflab.models.loading import load_renderer
 from clifflab.organism import malformed
 from clifflab.organism.corpus import corpus_row
@@ -35,8 +38,8 @@ from clifflab.scoring import ids as identities
 from clifflab.scoring.ids import NO_ID, as_array, find_duplicates, hash_id, sampled
 from clifflab.scoring.layout import SourceIndex, id_arrays, index_source, plan_blocks, units_of
 from clifflab.scoring.prepare import Preparer
-from clifflab.scoring.reading import read_unit
-from clifflab.scoring.sources import find_sources
+from clifflab.scoring.reading import columns_in, read_unit
+from clifflab.scoring.sources import find_sources, would_read
 from clifflab.scoring.types import Block, RawRow, Source
 from tests.buckets import bucket
 
@@ -348,7 +351,94 @@ def test_inputs_that_are_none(pattern: str, problem: str, tmp_path: Path) -> Non
         find_sources("")
 
 
+def test_what_an_input_would_take_in(tmp_path: Path) -> None:
+    """A file that is not there yet belongs to the input exactly if it is found once it is written."""
+    names = ("a.parquet", "out/a.jsonl", "out/scores/p.parquet", "in/out/scores/p.parquet", ".out/a.csv", "out/a.txt")
+    patterns = ("", "out", "in", "*", "*/*", "**", "**/*.parquet", "o*/**", "out/scores/*.pq", "out/scores/*", ".*/*",
+                "*/out/**/p*", "out/a.jsonl", "in/a.jsonl", "[n]*/**", "**/.*/*")  # fmt: skip
+    (tmp_path / "in").mkdir()
+    took = 0
+    for name in names:
+        file = tmp_path / name
+        told = [would_read(f"{tmp_path}/{pattern}", file) for pattern in patterns]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        for pattern, expected in zip(patterns, told, strict=True):
+            try:
+                found = [source.path for source in find_sources(f"{tmp_path}/{pattern}")]
+            except InputError:
+                found = []
+            assert (str(file) in found) == expected, (name, pattern)
+            took += expected
+        file.unlink()
+        while (file := file.parent) not in (tmp_path, tmp_path / "in"):
+            file.rmdir()
+    assert took > 15
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert would_read(f"{tmp_path}/link", tmp_path / "in/out/a.jsonl")
+    assert not would_read("s3://bucket/in", tmp_path / "in/out/a.jsonl")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_are_known_without_the_rows(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    (source,) = find_sources(str(tmp_path))
+    assert columns_in(source) == (None if "json" in name or name.endswith("zst") else list(ROWS[0]))
+
+
+def test_columns_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,response\n")
+    (tmp_path / "b.csv").write_text("")
+    parquet(tmp_path / "c.parquet", ROWS[:0], [0])
+    assert [columns_in(source) for source in find_sources(str(tmp_path))] == [None] * 3
+
+
 # ---- elsewhere
+
+
+SECRETS = [
+    "http://user:hush@host/a.jsonl", "https://hush@host/*.csv", "s3://AKIA:hu/sh+hush@bucket/a.jsonl",
+    "s3://AKIAhush@bucket/a", "s3://bucket/a.jsonl?access_key=AKIA&secret_key=hush", "ftp://user:hu@sh@host/a.csv",
+    "https://bucket.host/a.jsonl?X-Amz-Signature=hush", "gs://bucket/a.csv?access_token=hush",
+    "zip://*.csv::http://user:hush@host/a.zip",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", SECRETS)
+def test_credentials_stay_out_of_addresses(pattern: str) -> None:
+    with pytest.raises(InputError, match=r"^--input: .* holds a credential; leave it out of the address; ") as caught:
+        find_sources(pattern)
+    assert "hush" not in str(caught.value)
+    assert "AKIA" not in str(caught.value)
+    keeper = {"s3": "AWS_ACCESS_KEY_ID", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
+    assert keeper.get(pattern[:2], "FSSPEC_") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["s3://bucket/part-?/key=5/a.csv", "http://host:8080/a@b.csv", "s3://anonymous@bucket/a.csv", "a:b@c?token=5.csv",
+     "abfs://files@account.dfs.core.windows.net/a.csv", "hf://datasets/owner/name@main/a.csv"],
+)  # fmt: skip
+def test_places_are_no_credentials(pattern: str) -> None:
+    filesystems.refuse_credentials(pattern)
+
+
+def test_messages_show_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "GET http://me:hush@h:80/a?sig=hush failed (see s3://AK:hu/sh@b/k?secret=hush) for https://h/a?hush: why"
+    said = str(InputError("--input", "x", text, "y"))
+    assert "hush" not in said
+    assert "http://<credentials>@h:80/a?<query> failed (see s3://<credentials>@b/k?<query>) for https://h/a?" in said
+    assert str(InputError("f", "s3://anonymous@b/part-?.csv", "p", "r")) == "f: s3://anonymous@b/part-?.csv: p; r"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@store:9000")
+    assert filesystems.without_secrets("no answer of me:hush@store") == "no answer of <AWS_ENDPOINT_URL>@store"
+
+
+def test_messages_cannot_drive_a_terminal() -> None:
+    """Escapes, bells, C1 controls, marks that turn the direction of reading; other alphabets stay as they are."""
+    column = "a\x1b]0;title\x07 \x9b2J\u202ecba\u2066\u200b\udcff\u2028b\tc é 日本"
+    said = str(InputError("--column", column, "no such column; there are: " + column, "mend \x1b[31m"))
+    assert said.isprintable()
+    assert r"a\x1b]0;title\x07 \x9b2J\u202ecba\u2066\u200b\udcff b c é 日本" in said
 
 
 @pytest.fixture
@@ -484,6 +574,23 @@ def test_saved_and_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find_sources("hf:")
 
 
+def test_a_cached_hub_dataset_keeps_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub the copy here is read, which is the commit that an interrupted job began with."""
+    import datasets
+
+    old, new = "0" * 40, "1" * 40
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("clifflab.data.files.hub_commit", lambda path: "unreachable")
+    assert find_sources("hf:owner/SomeData:train")[0].changed == ""
+    for time, name in enumerate((old, new, "not-a-commit")):
+        folder = tmp_path / "owner___some_data" / "default" / "0.0.0" / name
+        folder.mkdir(parents=True)
+        os.utime(folder, (time, time))
+    assert find_sources("hf:owner/SomeData:train")[0].changed == new
+    monkeypatch.setattr("clifflab.data.files.hub_commit", lambda path: old)
+    assert find_sources("hf:owner/SomeData:train")[0].changed == old
+
+
 # ---- ids
 
 
@@ -502,6 +609,52 @@ def test_the_first_row_keeps_an_id(parts: list[list[str]], spill: bool) -> None:
         assert found.tolist() == wanted
         assert found.dtype == np.int64
         assert not list(Path(folder).rglob("*.bin"))
+
+
+LOST = """
+import os, pathlib, sys
+import numpy as np
+from clifflab.scoring import ids
+ids.IN_MEMORY = 3
+def arrays():
+    yield np.arange(2, 22, dtype="<u8").reshape(-1, 2) << 52
+    os._exit(9)
+ids.find_duplicates(arrays(), pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_run_spilled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records would stand before the same rows' own, and every row would repeat an earlier one."""
+    assert subprocess.run([sys.executable, "-c", LOST, str(tmp_path)], check=False).returncode == 9
+    assert list(tmp_path.glob("ids-*.bin"))
+    monkeypatch.setattr(identities, "IN_MEMORY", 3)
+    array = np.arange(2, 22, dtype="<u8").reshape(-1, 2) << np.uint64(52)
+    assert find_duplicates([array, array[3:4]], tmp_path).tolist() == [10]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identities, "IN_MEMORY", 3)
+    array = hashes([f"id {n}" for n in range(50)])
+    files = [tmp_path / f"ids-{bucket:03d}.bin" for bucket in range(256)]
+
+    def full() -> Iterator[np.ndarray]:
+        for file in files:
+            file.symlink_to("/dev/full")
+        yield array
+
+    with pytest.raises(OutputError, match="no space left on the disk"):
+        find_duplicates(full(), tmp_path)
+
+    def changed(change: Callable[[Path], object]) -> Iterator[np.ndarray]:
+        yield array
+        change(next(file for file in files if file.exists()))
+
+    whole: Callable[[Path], object] = lambda file: file.write_bytes(file.read_bytes() * 2)  # noqa: E731
+    for change in (Path.unlink, lambda file: os.truncate(file, 7), whole):
+        with pytest.raises(OutputError, match="does not hold the ids that were written there"):
+            find_duplicates(changed(change), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_derived_ids_may_be_taken(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clifflab.errors import ConfigError, InputError
+from clifflab.cli.score_options import check_alone, check_apart, check_used, check_workers, named, place_of, roles
+from clifflab.errors import ConfigError
 
 if TYPE_CHECKING:
     from clifflab.config import ModelSpec, RuntimeConfig, Study
     from clifflab.scoring.job import Job
-
-_FIELDS = {"models.path": "--model", "thinking_format": "--thinking-format", "input": "--input", "probes": "--probes"}
 
 
 def _share(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
@@ -114,12 +113,11 @@ def _share(_context: click.Context, _option: click.Parameter, value: float | Non
     metavar="DIR",
     help="Check finished results instead: counts, ids, checksums, and a sample of rows scored anew the plain way.",
 )
-@click.option(
-    "--rows", "verify_rows", type=click.IntRange(min=1), default=100, show_default=True, help="Rows of --verify."
-)
+@click.option("--rows", "verify_rows", type=click.IntRange(min=1), metavar="N", help="Rows of --verify. [default: 100]")
 def command(
     model: str | None, probes: tuple[str, ...], pattern: str | None, output: str | None, study: str | None,
-    verify: str | None, verify_rows: int, runtime: str | None, overwrite: bool, min_workers: int | None, **given: Any,
+    verify: str | None, verify_rows: int | None, runtime: str | None, overwrite: bool, min_workers: int | None,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Score every trace of a corpus: where its plateau lies and how deep its cliff is.
 
@@ -131,33 +129,33 @@ def command(
     Exit codes: 0 done; 1 workers died too often, or --verify found a difference;
     2 wrong input, one line says which; 130 interrupted.
     """
-    if verify:
-        _verify(verify, verify_rows)
+    if verify is not None:
+        check_alone(click.get_current_context())
+        with named("--verify"):
+            _verify(place_of("--verify", verify), verify_rows or 100)
         return
     for name, value in {"--model": model or study, "--probes": probes, "--input": pattern, "--output": output}.items():
         if not value:
             raise ConfigError(name, "(absent)", "is required", "see clifflab score --help")
     assert pattern is not None
     assert output is not None
+    place = place_of("--output", output)
+    check_used(verify_rows, given)
+    check_apart(pattern, place)
     loaded = _study(study)
     job = _job(loaded, model, probes, pattern, given)
     settings = _runtime(loaded, runtime, given)
+    check_workers(settings, min_workers, given)
     from clifflab.runtime.score import score
     from clifflab.runtime.score_pool import InlinePool, RayPool
     from clifflab.runtime.score_progress import ScoreProgress
 
-    if min_workers and isinstance(settings.workers, int) and min_workers > settings.workers:
-        raise ConfigError("--min-workers", min_workers, "is above --workers", f"give at most {settings.workers}")
-    place = Path(output).expanduser()
-    place = place if "://" in output else place.absolute()
-    try:
+    with named("--output"):
         if settings.kind == "inline":
             found = score(job, place, lambda: InlinePool(settings), ScoreProgress(), overwrite=overwrite)
         else:
             with RayPool(settings, min_workers) as pool:
                 found = score(job, place, pool.start, ScoreProgress(), overwrite=overwrite)
-    except InputError as error:
-        raise InputError(_FIELDS.get(error.field, error.field), error.value, error.problem, error.remedy) from None
     _show(found.manifest, found.root, again=found.again)
 
 
@@ -183,7 +181,7 @@ def _job(study: Study | None, model: str | None, probes: tuple[str, ...], patter
     changes = options("too_long", "max_tokens", "block_rows", "token_budget", "keep_traces")
     if given["probe"]:
         changes["probes"] = given["probe"]
-    columns = dict(_role(text) for text in given["columns"])
+    columns = roles(given["columns"])
     traces = study.traces if study else TracesConfig()
     if given["max_new_tokens"]:
         traces = traces.model_copy(update={"max_new_tokens": given["max_new_tokens"]})
@@ -239,13 +237,6 @@ def _probe_files(given: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(path / "probes.safetensors" if path.is_dir() else path) for path in paths)
 
 
-def _role(text: str) -> tuple[str, str]:
-    role, separator, name = text.partition("=")
-    if not separator or not role or not name:
-        raise ConfigError("--column", text, "is not ROLE=NAME", "write e.g. --column prompt=instruction")
-    return role, name
-
-
 def _runtime(study: Study | None, runtime: str | None, given: dict[str, Any]) -> RuntimeConfig:
     from clifflab.config import RuntimeConfig
 
@@ -272,12 +263,12 @@ def _cut(count: int) -> str:
     return f", {count:,} with the middle of the thinking cut out" if count else ""
 
 
-def _verify(place: str, rows: int) -> None:
+def _verify(place: Path, rows: int) -> None:
     import sys
 
     from clifflab.scoring.verify import verify
 
-    checks = verify(Path(place).expanduser().absolute(), rows, lambda line: click.echo(line, err=True))
+    checks = verify(place, rows, lambda line: click.echo(line, err=True))
     for check in checks:
         click.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<10}{check.detail}")
     if not all(check.passed for check in checks):

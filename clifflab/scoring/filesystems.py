@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clifflab.errors import InputError
+from clifflab.errors import InputError, holds_credentials, without_credentials
 
 FIELD = "--input"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -25,11 +25,23 @@ _PATIENCE = 10  # seconds that a bucket may take to answer
 _ATTEMPTS = 3
 # What each kind of store signs requests with. Values of these variables never reach a message.
 _S3_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ADDRESSES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
 _SECRETS = (*_S3_SECRETS, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _DENIED = re.compile(
     r"access.?denied|forbidden|\b40[13]\b|credential|permission|unauthori[sz]ed|unauthenticated|InvalidAcc|Signature|gated",
     re.IGNORECASE,
 )
+# Parameters of an address that sign or name who asks; a question mark elsewhere stands for a character.
+_SIGNED = re.compile(
+    r"[?&;](?:x-(?:amz|goog)-\w+|aws\w*|(?:\w*[_-])?(?:access|secret|api)?[_-]?key(?:[_-]?id)?|\w*token|"
+    r"\w*password|passwd|user|username|secret|sig|signature|credentials?|auth\w*)=",
+    re.IGNORECASE,
+)
+_KEEPERS = {  # where a credential belongs
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of ~/.aws by AWS_PROFILE",
+    "gs": "name the file that holds it by GOOGLE_APPLICATION_CREDENTIALS, or log in with gcloud",
+    "hf": "set HF_TOKEN, or log in with hf auth login",
+}
 
 
 def scheme_of(path: str) -> str:
@@ -43,6 +55,22 @@ def local_path(path: str) -> str:
     if _SCHEME.match(path):
         path = path.partition("://")[2]
     return os.path.abspath(os.path.expanduser(path))
+
+
+def refuse_credentials(path: str) -> None:
+    """Fail where an address holds a credential: it would come to stand in files and messages.
+
+    Raises:
+        InputError: It does; says where such a thing belongs, and shows none of it.
+    """
+    scheme = scheme_of(path)
+    if not scheme:
+        return
+    if not holds_credentials(path) and not _SIGNED.search(path):
+        return
+    default = f"keep it in fsspec's own settings: FSSPEC_{scheme.upper()}_..., or ~/.config/fsspec"
+    remedy = _KEEPERS.get("gs" if scheme == "gcs" else scheme, default)
+    raise InputError(FIELD, without_credentials(path), "holds a credential", f"leave it out of the address; {remedy}")
 
 
 def locate(path: str) -> tuple[Any, str]:
@@ -159,6 +187,10 @@ def without_secrets(text: str) -> str:
         value = os.environ.get(name, "")
         if len(value) >= 4:
             text = text.replace(value, f"<{name}>")
+    for name in _ADDRESSES:
+        user = os.environ.get(name, "").rpartition("://")[2].rpartition("@")[0]
+        if user:
+            text = text.replace(f"{user}@", f"<{name}>@")
     return text
 
 

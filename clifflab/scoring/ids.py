@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clifflab.artifacts import output_error
+from clifflab.errors import OutputError
+
 WIDTH = 16  # bytes of a hash
 NO_ID = bytes(WIDTH)  # a row whose id cannot be read; no text has this hash, but for a chance of 2**-128
 IN_MEMORY = 500_000  # rows; beyond, hashes are sorted into files first
 _BUCKETS = 256
+_RECORD = WIDTH + 8  # bytes: a hash and the number of its row
 
 
 def hash_id(identity: str) -> bytes:
@@ -55,25 +61,40 @@ def find_duplicates(arrays: Iterable[np.ndarray], scratch: Path) -> np.ndarray:
 
     Returns:
         Numbers of the rows within the whole input ``[M]``, ascending, int64. The first row of an id is not among them.
+
+    Raises:
+        OutputError: The disk is full, or does not keep what is written there.
     """
-    kept, rows, spilled = list[np.ndarray](), 0, False
+    kept, rows, spilled = list[np.ndarray](), 0, 0
     files = [scratch / f"ids-{bucket:03d}.bin" for bucket in range(_BUCKETS)]
     try:
+        for file in files:  # a run that was killed leaves its own behind
+            file.unlink(missing_ok=True)
         for array in arrays:
             for part in _records(array, rows):
                 kept.append(part)
                 if sum(map(len, kept)) > IN_MEMORY:
-                    _spill(kept, files)
-                    kept, spilled = [], True
+                    spilled += _spill(kept, files)
+                    kept = []
             rows += len(array)
         if not spilled:
             found = [_repeats(np.concatenate(kept))] if kept else []
         else:
-            _spill(kept, files)
-            found = [_repeats(np.fromfile(file, "<u8").reshape(-1, 3)) for file in files if file.exists()]
+            spilled += _spill(kept, files)
+            read, found = 0, list[np.ndarray]()
+            for file in files:
+                if file.exists():
+                    records = _read_back(file)
+                    read += len(records)
+                    found.append(_repeats(records))
+            if read != spilled:
+                raise _damaged(scratch)
+    except OSError as error:
+        raise output_error(scratch, error) from None
     finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            for file in files:
+                file.unlink(missing_ok=True)
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
@@ -86,10 +107,10 @@ def _records(array: np.ndarray, first: int) -> Iterator[np.ndarray]:
         yield np.column_stack([part[readable], rows[readable]])
 
 
-def _spill(parts: list[np.ndarray], files: list[Path]) -> None:
-    """Append records to the files of their buckets, in the order of the input."""
+def _spill(parts: list[np.ndarray], files: list[Path]) -> int:
+    """Append records to the files of their buckets, in the order of the input; returns how many there are."""
     if not parts:
-        return
+        return 0
     files[0].parent.mkdir(parents=True, exist_ok=True)
     records = np.concatenate(parts)
     buckets = records[:, 0] >> np.uint64(56)
@@ -99,7 +120,25 @@ def _spill(parts: list[np.ndarray], files: list[Path]) -> None:
         chosen = order[bounds[bucket] : bounds[bucket + 1]]
         if len(chosen):
             with file.open("ab") as handle:
-                records[chosen].tofile(handle)
+                handle.write(records[chosen].tobytes())
+    return len(records)
+
+
+def _read_back(file: Path) -> np.ndarray:
+    """Records of a bucket ``[n, 3]``, as they were written: each row once, in the order of the input."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())  # some disks tell only now that they had no room
+        data = handle.read()
+    if len(data) % _RECORD:
+        raise _damaged(file)
+    records = np.frombuffer(data, "<u8").reshape(-1, 3)
+    if (records[1:, 2] <= records[:-1, 2]).any():
+        raise _damaged(file)
+    return records
+
+
+def _damaged(place: Path) -> OutputError:
+    return OutputError("--output", place, "does not hold the ids that were written there", "check the disk, run again")
 
 
 def _repeats(records: np.ndarray) -> np.ndarray:

@@ -165,6 +165,31 @@ def _read_dataset(
         yield block, _whole(source, block, rows)
 
 
+def columns_in(source: Source) -> list[str] | None:
+    """Columns of a source, from its schema or header alone; rows are not read.
+
+    Returns:
+        Names in their order; ``None`` where they are each row's own matter (JSONL), or there is no row to have any.
+
+    Raises:
+        InputError: The source cannot be read.
+    """
+    with reading(source.path):
+        if source.kind == "parquet":
+            with open_parquet(source) as table:
+                return list(table.schema_arrow.names) if table.metadata.num_rows else None
+        if source.kind == "csv":
+            text = TextReader(source)
+            try:
+                return text.header if next(text.items(), None) else None
+            finally:
+                text.close()
+        if source.kind == "saved":
+            data = open_dataset(source)
+            return list(data.column_names) if len(data) else None
+    return None
+
+
 def open_dataset(source: Source) -> Any:
     """A saved or hub dataset that gives Arrow tables; a hub dataset is fetched once and kept in the local cache.
 

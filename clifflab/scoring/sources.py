@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from clifflab.errors import InputError
-from clifflab.scoring.filesystems import FIELD, local_path, locate, reading, scheme_of
+from clifflab.scoring.filesystems import FIELD, local_path, locate, reading, refuse_credentials, scheme_of
 from clifflab.scoring.types import Source
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _WRAPPED = (".bz2", ".xz", ".lz4", ".zip", ".br", ".snappy", ".7z", ".zstd", ".gzip")
 _WILD = re.compile(r"[*?\[]")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _KNOWN = "Parquet, .jsonl or .csv (also .gz or .zst), a saved dataset, or hf:NAME[:SPLIT]"
 _BUFFER = 1 << 20  # bytes
 
@@ -33,12 +34,14 @@ def find_sources(pattern: str) -> list[Source]:
     wildcards, as are files of other kinds.
 
     Raises:
-        InputError: Nothing matches, a file is of an unknown kind, or the place cannot be read.
+        InputError: Nothing matches, a file is of an unknown kind, the place cannot be read, or its address holds a
+            credential.
     """
     if pattern.startswith("hf:") and not pattern.startswith("hf://"):
         return [_hub(pattern)]
     if not pattern.strip():
         raise InputError(FIELD, pattern, "names nothing", f"give a path, a folder or a glob: {_KNOWN}")
+    refuse_credentials(pattern)
     scheme = scheme_of(pattern)
     prefix = pattern[: pattern.index("://") + 3] if scheme else ""
     if scheme and pattern[len(prefix) :].startswith("anonymous@"):
@@ -52,6 +55,37 @@ def find_sources(pattern: str) -> list[Source]:
     if not found:
         raise InputError(FIELD, pattern, "no file matches", f"give a path, a folder or a glob: {_KNOWN}")
     return found
+
+
+def would_read(pattern: str, file: Path) -> bool:
+    """Whether an input takes a file of this local path in, now or once it is written.
+
+    Args:
+        pattern: As for :func:`find_sources`.
+        file: Absolute.
+    """
+    if scheme_of(pattern) or pattern.startswith("hf:") or not pattern.strip() or kind_of(file.name) is None:
+        return False
+    path = local_path(pattern)
+    wild = None if os.path.lexists(path) else _WILD.search(path)
+    base = path if wild is None else path[: wild.start()].rpartition("/")[0]
+    below = os.path.relpath(os.path.realpath(file), os.path.realpath(base or "/"))
+    names = below.split("/")
+    if names[0] in ("..", "."):
+        return below == "."
+    if wild is None:
+        return not any(map(_hidden, names))
+    return _taken(names, path[len(base) :].strip("/").split("/"))
+
+
+def _taken(names: list[str], parts: list[str]) -> bool:
+    """Whether :func:`_glob` would come upon a file of this path."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        return not any(map(_hidden, names)) and _matches(names, ["**", *(rest or ["*"])])
+    if not names or not fnmatchcase(names[0], part) or (_WILD.search(part) and _hidden(names[0]) > _hidden(part)):
+        return False
+    return _taken(names[1:], rest) if rest else len(names) == 1
 
 
 def _search(filesystem: Any, path: str, prefix: str) -> list[Source]:
@@ -140,7 +174,20 @@ def _hub(pattern: str) -> Source:
     if not name.strip(":"):
         raise InputError(FIELD, pattern, "names no dataset", "write hf:NAME or hf:NAME:SPLIT")
     commit = hub_commit(pattern)
-    return Source(pattern, name, "hub", changed="" if commit == "unreachable" else commit)
+    return Source(pattern, name, "hub", changed=_cached_commit(name) if commit == "unreachable" else commit)
+
+
+def _cached_commit(name: str) -> str:
+    """Commit of the copy of a hub dataset that is read where the hub cannot be reached; empty where there is none."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, slash, own = name.partition(":")[0].rpartition("/")
+    place = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    # As the datasets package lays its cache out: DATASET/CONFIG/VERSION/COMMIT, the one changed last is read.
+    folders = (place / f"{owner}{'___' if slash else ''}{camelcase_to_snakecase(own)}").glob("*/*/*")
+    commits = [folder for folder in folders if _COMMIT.fullmatch(folder.name) and folder.is_dir()]
+    return max(commits, key=lambda folder: folder.stat().st_mtime).name if commits else ""
 
 
 def _below(path: str, base: str) -> str:

@@ -56,6 +56,11 @@ class TextReader:
             self._header = list(header.raw or ()) if header else []
         return items
 
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns of a CSV file; none of a file without a line."""
+        return self._header
+
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
