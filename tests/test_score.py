@@ -261,6 +261,18 @@ def test_wrong_input_is_one_line(corpus: Path, probes: Path, tmp_path: Path, che
     assert not list(out.glob("scores/*"))
 
 
+def test_every_table_needs_the_columns(probes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(practice(5)), folder / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([{"ask": "a", "response": "b"}]), folder / "b.parquet")
+    result = run(folder, probes, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "b.parquet has no such column; there are: ask, response" in result.output
+    (folder / "b.parquet").unlink()
+    assert run(folder, probes, tmp_path / "out").exit_code == 0
+
+
 def test_only_bad_rows_and_no_rows(probes: Path, tmp_path: Path) -> None:
     bad = write_jsonl(
         tmp_path / "bad.jsonl", ["{", "[]", json.dumps({"prompt": None, "thinking": "a", "response": "b"})]

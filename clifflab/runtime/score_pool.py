@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.config import RuntimeConfig
-from clifflab.errors import ClifflabError, WorkerError, shorten
+from clifflab.errors import ClifflabError, ConfigError, WorkerError, shorten
 from clifflab.scoring.commit import Receipt
 from clifflab.scoring.job import WORK, Job
 from clifflab.scoring.layout import SourceIndex
@@ -143,6 +143,8 @@ class RayPool:
         gpus = int(resources.get("GPU", 0))
         places = gpus or max(1, int(resources.get("CPU", 1)))
         most = places if self._settings.workers == "auto" else min(self._settings.workers, places)
+        if self._least and self._least > most:
+            raise ConfigError("--min-workers", self._least, f"Ray has places for {most}", f"give at most {most}")
         most = max(1, min(most, sum(len(unit) for unit in units)))
         least = min(self._least or most, most)
         context = ray.data.DataContext.get_current()

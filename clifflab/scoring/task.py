@@ -11,12 +11,13 @@ import numpy as np
 
 from clifflab.config import COLUMN_ROLES, PromptSet
 from clifflab.data.prompts import PROMPT_COLUMNS
+from clifflab.errors import InputError
 from clifflab.models.loading import load_renderer
 from clifflab.models.sizes import model_sizes
 from clifflab.scoring.ids import sampled
 from clifflab.scoring.job import Job
 from clifflab.scoring.prepare import Preparer, check_columns
-from clifflab.scoring.reading import read_unit
+from clifflab.scoring.reading import columns_in, read_unit
 from clifflab.scoring.types import Block, Prepared, Source
 
 _CHECKED = 100  # rows that tell whether the columns are there
@@ -37,15 +38,28 @@ class Corpus:
     duplicates: str
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Whether the first rows have the columns.
+        """Whether the first rows have the columns, and every file whose columns are known without its rows.
 
         Raises:
-            InputError: They lack one; lists those that there are.
+            InputError: A column is missing; lists those that there are.
         """
         if not blocks:
             return
         for _, raw in read_unit(self.sources[blocks[0].source], blocks[:1]):
             check_columns(raw[:_CHECKED], self.job.rows, "--column")
+        for place in sorted({block.source for block in blocks}):
+            self._check_source(self.sources[place])
+
+    def _check_source(self, source: Source) -> None:
+        there, mapped = columns_in(source), self.job.rows.columns
+        if there is None:
+            return
+        role, lost = next(((role, name) for role, name in mapped.items() if name not in there), ("", ""))
+        if not lost and not {"prompt", "messages"} & set(mapped) and not set(PROMPT_COLUMNS) & set(there):
+            role, lost = "prompt", " or ".join(PROMPT_COLUMNS)
+        if lost:
+            problem = f"{source.name} has no such column; there are: {', '.join(there)}"
+            raise InputError("--column", f"{role}={lost}", problem, "name its columns, or leave the file out")
 
 
 def columns_of(rows: PromptSet) -> tuple[str, ...]:
