@@ -22,7 +22,9 @@ LONGEST = 64 << 20  # bytes of a row
 _BOM = b"\xef\xbb\xbf"
 _ENDS = b"\r\n"
 _CHUNK = 1 << 20  # bytes of a CSV file that are divided into lines together
-_QUOTED = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
+# From within a quoted field to the end of the last that is entered: a quote is one of two, or what follows it leads to
+# the next field that begins with one.
+_QUOTED = re.compile(rb'[^"]*+(?:"(?:"|[^,]*+(?:,(?!")[^,]*+)*+,")[^"]*+)*+')
 Made = tuple[dict[str, Any] | None, str, str]  # record, reason, detail
 
 
@@ -200,16 +202,13 @@ def _after(part: bytes, state: str) -> str:
     """
     at = 0
     while at < len(part):
-        here = part[at : at + 1]
         if state == "quoted":
             found = _QUOTED.match(part, at)
             assert found
             at = found.end() + 1
             state = "quote" if found.end() < len(part) else "quoted"
-        elif here == b'"' and state != "plain":
+        elif part.startswith(b'"', at) and state != "plain":
             state, at = "quoted", at + 1
-        elif here == b",":
-            state, at = "start", at + 1
         else:  # on to the next field that begins with a quote
             found_at = part.find(b',"', at)
             if found_at < 0:
