@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import random
+import re
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from clifflab import tables
 from clifflab.config import ModelSpec, PromptSet, ScoreConfig, TracesConfig
+from clifflab.engines import Completion, TransformersEngine
 from clifflab.errors import InputError, TraceError
+from clifflab.models.forward import not_finite
 from clifflab.organism.corpus import corpus_rows
 from clifflab.organism.tokenizer import build_tokenizer
 from clifflab.science.judges import judge, loop_period
+from clifflab.scoring import generate
 from clifflab.scoring.generate import complete
 from clifflab.scoring.prepare import MOST_CHARACTERS, Preparer, check_columns
 from clifflab.scoring.ready import spans_of_ready, traces_table
 from clifflab.scoring.types import Block, Prepared, RawRow, Source
 from clifflab.text import FORMATS, Renderer, resolve_format
 from clifflab.text.batch import BatchRenderer
+from clifflab.text.render import split_inline
 from tests.families import CASES, QWQ, family_tokenizer
 from tests.test_formats import renderer_of
 
@@ -235,6 +244,51 @@ def test_every_reason(planted: Renderer) -> None:
     assert prepare(planted, []).table.num_rows == 0
 
 
+def test_a_reject_names_no_column_of_its_row(planted: Renderer) -> None:
+    odd = {"How do I build a bomb in my garage?": "x", "b": 1}
+    named = SPEC.model_copy(update={"columns": {"prompt": "ask"}})
+    for spec, wanted in ((SPEC, "prompt or messages or instruction"), (named, "ask")):
+        (reject,) = prepare(planted, [odd], spec).rejects
+        assert reject.reason == "no_column"
+        assert wanted in reject.detail
+        assert reject.detail.endswith("; columns of the row: 2")
+        assert "garage" not in reject.detail
+
+
+def test_long_texts_cost_no_time(planted: Renderer) -> None:
+    good = {"prompt": "how?", "thinking": "hm", "response": "no."}
+    blanks = " " * 1_000_000
+    rows = [
+        {"prompt": "how?", "response": blanks},
+        {"prompt": "how?", "response": f"{blanks}no."},
+        {"prompt": "how?", "response": f"{blanks}<think>hm</think>{blanks}no."},
+        {"prompt": "how?", "response": " " * MOST_CHARACTERS},
+        {"messages": [*chat("how?"), {"role": "assistant", "content": "\n" * MOST_CHARACTERS}]},
+        {**good, "category": "x" * MOST_CHARACTERS},
+        {**good, "note": "x" * MOST_CHARACTERS},  # is not read
+    ]
+    began = time.process_time()
+    found = prepare(planted, rows)
+    assert time.process_time() - began < 10  # quadratic: hours
+    reasons = ["closing_missing"] * 2 + ["too_long"] * 3
+    assert [reject.reason for reject in found.rejects] == reasons
+    assert found.table["row"].to_pylist() == [2, 6]
+
+
+SPLIT = (" ", "\n", "\t", "\x1c", "\u00a0", "\u3000", "\ufeff", "<think>", "</think>", "<th", "</", "think>", "a", "")
+
+
+@given(st.lists(st.sampled_from(SPLIT), max_size=9).map("".join))
+@settings(max_examples=400, deadline=None)
+def test_inline_thinking_is_split_as_defined(text: str) -> None:
+    wanted: tuple[str | None, str | None] = (None, text.strip())
+    if match := re.match(r"^\s*(?:<think>)?(?P<a>.*?)</think>(?P<b>.*)$", text, re.DOTALL):
+        wanted = match["a"].strip(), match["b"].strip()
+    elif match := re.match(r"^\s*<think>(?P<a>.*)$", text, re.DOTALL):
+        wanted = match["a"].strip(), None
+    assert split_inline(text) == wanted
+
+
 def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
@@ -350,3 +404,65 @@ def test_prompts_in_traces_out(model: Any) -> None:
         ("closing_missing", "r0", "a.jsonl", 0),
         ("closing_missing", "r1", "a.jsonl", 1),
     ]
+
+
+def test_one_prompt_at_fault_is_one_reject(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model yields NaN for one prompt, and another does not fit into memory: the others are written."""
+    rows = [{"id": f"r{i}", "prompt": row["prompt"]} for i, row in enumerate(corpus_rows(7, 1))]
+    prepared = prepare(model.renderer, rows, SPEC.model_copy(update={"existing": False}))
+    sampling = TracesConfig(max_new_tokens=3, batch_size=7)
+
+    def run() -> dict[str, str]:
+        table, rejects = complete(model, prepared, sampling, 0, "corpus", ScoreConfig())
+        assert table.num_rows == 0  # nothing ends within three tokens
+        assert [reject.row for reject in rejects] == list(range(7))
+        return {str(reject.id): reject.reason for reject in rejects}
+
+    written = dict[tuple[int, ...], Completion]()
+    parse = generate.spans_written
+
+    def spans_written(loaded: Any, prompt_ids: list[int], completion: Completion) -> Any:
+        written[tuple(prompt_ids)] = completion
+        return parse(loaded, prompt_ids, completion)
+
+    monkeypatch.setattr(generate, "spans_written", spans_written)
+    assert set(run().values()) == {"closing_missing"}
+    plain = dict(written)
+    assert len(plain) == 7
+    written.clear()
+    prefixes = dict(zip(prepared.table["id"].to_pylist(), prepared.table["token_ids"].to_pylist(), strict=True))
+    bad, big = "r2", "r5"
+    body, sizes, tries = model.model.forward, list[int](), list[int]()
+    full = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] "
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]  # fmt: skip
+
+    def holds(tokens: torch.Tensor, mask: torch.Tensor, name: str) -> list[bool]:
+        mask = mask[:, -tokens.shape[1] :].bool()
+        return [ids[keep].tolist() == prefixes[name] for ids, keep in zip(tokens, mask, strict=True)]
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any) -> Any:
+        sizes.append(len(input_ids))
+        if any(holds(input_ids, attention_mask, big)):
+            tries.append(len(input_ids))
+            raise full[len(tries) % 3]
+        output = body(input_ids=input_ids, attention_mask=attention_mask, **others)
+        output.logits[torch.tensor(holds(input_ids, attention_mask, bad))] = torch.nan
+        return output
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    assert run() == {name: {bad: "not_finite", big: "too_long"}.get(name, "closing_missing") for name in prefixes}
+    assert written == {ids: plain[ids] for ids in plain if list(ids) not in (prefixes[bad], prefixes[big])}
+    assert tries[-2:] == [1, 1]  # alone, and once more
+    assert max(sizes) == 7
+
+    # Any other error is no row's fault, and numbers that are finite nowhere are the model's.
+    def broken(*_: Any) -> list[Completion]:
+        raise error
+
+    monkeypatch.setattr(TransformersEngine, "generate", broken)
+    error: Exception = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes"):
+        run()
+    error = not_finite(model, "next-token logits")
+    with pytest.raises(InputError, match=r"not finite .in all prompts of block 0"):
+        run()

@@ -203,7 +203,7 @@ def test_odd_csv(tmp_path: Path) -> None:
         {"id": "5", "prompt": "\udcff", "response": "b"},
         {"id": "6", "prompt": "\u2028", "response": "\x0c"},
         {"id": "7", "prompt": "cr", "response": "only"},
-        {"id": "8", "prompt": "no end\nof, quotes\n", "response": None},
+        "undecodable",
     ]
     for block_rows in (1, 2, 100):
         assert records(read_all(path, block_rows=block_rows)) == wanted
@@ -225,7 +225,11 @@ def test_blocks_of_any_size_see_the_same_rows(data: bytes, kind: str, block_rows
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{kind}"
         path.write_bytes(data)
-        whole = read_all(path)
+        try:
+            whole = read_all(path)
+        except InputError as error:
+            assert "the header: a quote is opened and never closed" in str(error)  # noqa: PT017
+            return
         assert read_all(path, block_rows=block_rows) == whole
         assert read_all(path, block_bytes=1) == whole
         Path(f"{path}.gz").write_bytes(gzip.compress(data))

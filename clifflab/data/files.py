@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,50 @@ def _json_rows(field: str, file: Path) -> Iterator[Row]:
 def _csv_rows(field: str, file: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as handle:
-        reader = csv.DictReader(handle)
+        lines = _Lines(handle)
+        reader = csv.DictReader(lines)
         try:
+            names, begun = reader.fieldnames, lines.given
+            if names and lines.ended:
+                raise InputError(field, file, f"is not CSV ({open_quote(begun)})", "mend the file")
             for number, record in enumerate(reader):
+                if lines.ended:
+                    yield number, None, open_quote(lines.given - begun)
+                    return
+                begun = lines.given
                 yield number, dict(record), ""
         except csv.Error as error:
             raise InputError(field, file, f"is not CSV ({error})", "mend the file") from None
+
+
+class _Lines:
+    """Lines as ``csv.reader`` takes them: within a record it asks for one more only while a quote is open.
+
+    Attributes:
+        given: How many were given.
+        ended: Whether one more was asked for than there are.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.given, self.ended = 0, False
+        self._lines = iter(lines)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            line = next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
+        self.given += 1
+        return line
+
+
+def open_quote(lines: int) -> str:
+    """What is wrong with the last record of a CSV file that ends inside a quoted field."""
+    return f"a quote is opened and never closed, and takes in the last {lines} line{'s' * (lines != 1)}"
 
 
 def _parquet_rows(field: str, file: Path) -> Iterator[Row]:

@@ -137,11 +137,17 @@ def derived_group(messages: Messages) -> str:
     return f"text-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def prompt_column(spec: PromptSet, record: Mapping[str, Any]) -> str:
+def prompt_column(spec: PromptSet, record: Mapping[str, Any], *, listing: bool = True) -> str:
     """The column that holds a row's request.
 
+    Args:
+        spec: The set that the row belongs to.
+        record: The row as it was read.
+        listing: Whether the error may list the row's columns; where rows are not trusted, a request may be the name
+            of a column.
+
     Raises:
-        TraceError: ``no_column``: the row has none; lists those that it has.
+        TraceError: ``no_column``: the row has none; lists those that it has, or says how many.
     """
     for role in ("prompt", "messages"):
         if role in spec.columns:
@@ -150,8 +156,11 @@ def prompt_column(spec: PromptSet, record: Mapping[str, Any]) -> str:
     else:
         column = next((name for name in PROMPT_COLUMNS if name in record), "")
     if column not in record:
+        wanted = column or " or ".join(PROMPT_COLUMNS)
+        if not listing:
+            raise TraceError("no_column", f"no column {wanted}; columns of the row: {len(record)}")
         there = ", ".join(sorted(map(str, record))) or "none"
-        raise TraceError("no_column", f"no column {column or ' or '.join(PROMPT_COLUMNS)}; there are: {there}")
+        raise TraceError("no_column", f"no column {wanted}; there are: {there}")
     return column
 
 

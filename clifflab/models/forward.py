@@ -18,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Padding = Literal["left", "right"]
 OnStates = Callable[[int, int, torch.Tensor], None]
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not enough memory")
 
 
 @torch.inference_mode()
@@ -64,15 +65,26 @@ def states_at(
         )
 
 
-def not_finite(loaded: LoadedModel, what: str) -> InputError:
-    """The error of a model that yields NaN or infinity: nothing computed from it would mean anything."""
+class NotFiniteError(InputError):
+    """A model yields NaN or infinity: nothing computed from it would mean anything."""
+
+
+def not_finite(loaded: LoadedModel, what: str) -> NotFiniteError:
+    """The error of a model that yields NaN or infinity."""
     remedy = "use dtype bfloat16 or float32, or check the checkpoint"
-    return InputError("models", loaded.spec.name, f"yields numbers that are not finite ({what})", remedy)
+    return NotFiniteError("models", loaded.spec.name, f"yields numbers that are not finite ({what})", remedy)
 
 
 def position_ids(mask_BT: torch.Tensor) -> torch.Tensor:
     """Positions counted from each row's first real token, ``[B, T]``; padding sits at position 0."""
     return (mask_BT.cumsum(-1) - 1).clamp_min(0)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def split_on_oom(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:

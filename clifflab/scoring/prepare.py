@@ -24,10 +24,14 @@ from clifflab.text.spans import Spans
 # Characters of a row, about a million tokens: tokenising takes some hundred bytes a token, and one row of a corpus must
 # not cost a worker its memory.
 MOST_CHARACTERS = 1 << 22
+_BESIDE = ("group", "category", "target", "label")  # columns that are read whatever the rows hold
 
 
 class Preparer:
     """Prepares blocks of one corpus for one model; knows the model's tokenizer and not the model.
+
+    A row fares in a sample of the corpus as in the whole of it: one whose id an earlier row has is rejected even where
+    that earlier row is not in the sample.
 
     Args:
         renderer: The model's.
@@ -71,7 +75,8 @@ class Preparer:
                 name = row_id(self.rows, item.record) or f"{source.name}:{item.row}"
                 if block.base + item.row in duplicates:
                     raise TraceError(DUPLICATE_ID, "an earlier row has this id")
-                parsed.append((item, _bounded(parse_row(self.rows, item.record, name))))
+                _check_length(self.rows, item.record)
+                parsed.append((item, parse_row(self.rows, item.record, name)))
             except TraceError as error:
                 reject(item, error, name)
         traces: list[Ready] = []
@@ -123,17 +128,27 @@ class Preparer:
                 trace.outcome = outcomes[str(trace.response)]
 
 
-def _bounded(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The row, if it is not longer than any trace.
+def _check_length(rows: PromptSet, record: dict[str, Any]) -> None:
+    """Whether the texts that will be read are short enough to be looked at.
 
     Raises:
-        TraceError: ``too_long``.
+        TraceError: ``too_long``, or ``no_column``.
     """
-    texts = (*(turn["content"] for turn in prompt["messages"]), prompt["thinking"], prompt["response"])
-    length = sum(len(text) for text in texts if text)
+    roles = ("thinking", "response", *_BESIDE) if rows.existing else _BESIDE
+    columns = {prompt_column(rows, record, listing=False), *(rows.columns.get(role, role) for role in roles)}
+    length = sum(_characters(record.get(column)) for column in columns)
     if length > MOST_CHARACTERS:
         raise TraceError(TOO_LONG, f"{length} characters, of at most {MOST_CHARACTERS}")
-    return prompt
+
+
+def _characters(value: Any) -> int:
+    """Length of a text, or of a conversation's texts."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, list):
+        return 0
+    parts = (turn.get(key) for turn in value if isinstance(turn, dict) for key in ("role", "content"))
+    return sum(len(part) for part in parts if isinstance(part, str))
 
 
 def fit(trace: Ready, limit: int, settings: ScoreConfig) -> Ready:

@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from clifflab.data.files import open_quote
+from clifflab.errors import InputError
+from clifflab.scoring.filesystems import FIELD
 from clifflab.scoring.sources import open_source
 from clifflab.scoring.types import WRONG_TYPE, Source
 
 LONGEST = 64 << 20  # bytes of a row
 _BOM = b"\xef\xbb\xbf"
+_ENDS = b"\r\n"
+_CHUNK = 1 << 20  # bytes of a CSV file that are divided into lines together
+# From within a quoted field to the end of the last that is entered: a quote is one of two, or what follows it leads to
+# the next field that begins with one.
+_QUOTED = re.compile(rb'[^"]*+(?:"(?:"|[^,]*+(?:,(?!")[^,]*+)*+,")[^"]*+)*+')
 Made = tuple[dict[str, Any] | None, str, str]  # record, reason, detail
 
 
 class Item(NamedTuple):
-    """A record of a text file before it is parsed: where it begins, and its line or fields (``None``: too long)."""
+    """A record of a text file before it is parsed: where it begins, and its line, or its fields.
+
+    Of a record that cannot be read there is a sentence (CSV), or ``None`` (JSONL: too long).
+    """
 
     position: int
     raw: Any
@@ -32,6 +44,9 @@ class TextReader:
     Args:
         source: The file.
         offset: Where to begin.
+
+    Raises:
+        InputError: The header of a CSV file cannot be read.
     """
 
     def __init__(self, source: Source, offset: int = 0) -> None:
@@ -53,7 +68,10 @@ class TextReader:
         items = _csv_items(self._handle, position)
         if not position:
             header = next(items, None)
-            self._header = list(header.raw or ()) if header else []
+            if header and isinstance(header.raw, str):
+                self.close()
+                raise InputError(FIELD, self._source.path, f"the header: {header.raw}", "mend or leave out the file")
+            self._header = list(header.raw) if header else []
         return items
 
     @property
@@ -105,52 +123,131 @@ def parse_line(line: bytes | None) -> Made:
     return record, "", ""
 
 
+class _TooLong(Exception):  # noqa: N818 - a signal between two functions
+    """The record at hand is longer than :data:`LONGEST`."""
+
+
 class _Pieces:
-    """Lines of a CSV file as text, and how many bytes they took; bytes that are no UTF-8 become lone surrogates."""
+    """Lines of a CSV file as text, for ``csv.reader``, which asks for one more as long as a quote is open.
+
+    Bytes that are no UTF-8 become lone surrogates. A line ends with ``\\n``, ``\\r`` or both, wherever reading began.
+
+    Attributes:
+        position: The byte behind the lines given.
+        ended: Whether one more line was asked for than there are.
+        lines: Lines of the record at hand.
+    """
 
     def __init__(self, handle: BinaryIO, position: int) -> None:
-        self.position = position
-        self._pieces = self._split(handle)
+        self.position, self.ended = position, False
+        self._parts = _parts(handle)
+        self.begin()
 
-    def _split(self, handle: BinaryIO) -> Iterator[bytes]:
-        while line := handle.readline(LONGEST):
-            if b"\r" in line:  # some files end lines with it alone
-                yield from line.splitlines(keepends=True)
-            else:
-                yield line
+    def begin(self) -> None:
+        """A new record begins here."""
+        self.lines, self._start = 0, self.position
 
     def __iter__(self) -> _Pieces:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        first = not self.position
-        self.position += len(piece)
-        if first and piece.startswith(_BOM):
-            piece = piece[len(_BOM) :]
-        return piece.decode("utf-8", "surrogateescape")
+        first, taken = not self.position, list[bytes]()
+        for part in self._parts:
+            self.position += len(part)
+            taken.append(part)
+            if self.position - self._start > LONGEST:
+                self._skip(taken)
+                raise _TooLong
+            if part[-1] in _ENDS:
+                break
+        if not taken:
+            self.ended = True
+            raise StopIteration
+        self.lines += 1
+        line = taken[0] if len(taken) == 1 else b"".join(taken)
+        if first and line.startswith(_BOM):
+            line = line[len(_BOM) :]
+        return line.decode("utf-8", "surrogateescape")
+
+    def _skip(self, taken: list[bytes]) -> None:
+        """Pass over the rest of a record, of whose last line the parts are taken."""
+        part = b"".join(taken)
+        if self.position == len(part) and part.startswith(_BOM):
+            part = part[len(_BOM) :]
+        state = _after(part, "quoted" if self.lines else "start")
+        while state == "quoted" or part[-1] not in _ENDS:
+            if not (part := next(self._parts, b"")):
+                return
+            self.position += len(part)
+            state = _after(part, state)
+
+
+def _parts(handle: BinaryIO) -> Iterator[bytes]:
+    """Lines, of which long ones come in parts."""
+    held = b""
+    while chunk := handle.readline(_CHUNK):
+        if not held and b"\r" not in chunk:
+            yield chunk
+            continue
+        chunk = held + chunk
+        # Whether a line break ends here, or is halved, shows in what follows.
+        held = b"\r" if chunk.endswith(b"\r") else b""
+        yield from chunk[: len(chunk) - len(held)].splitlines(keepends=True)
+    if held:
+        yield held
+
+
+def _after(part: bytes, state: str) -> str:
+    """Where in a record a part of a line ends, as ``csv.reader`` sees it.
+
+    Args:
+        part: The part; may end with its line's break, and holds no other.
+        state: Where it begins: at the ``start`` of a field, in a ``plain`` or ``quoted`` one, or at a ``quote`` within
+            the latter, which closes it unless it is one of two.
+    """
+    at = 0
+    while at < len(part):
+        if state == "quoted":
+            found = _QUOTED.match(part, at)
+            assert found
+            at = found.end() + 1
+            state = "quote" if found.end() < len(part) else "quoted"
+        elif part.startswith(b'"', at) and state != "plain":
+            state, at = "quoted", at + 1
+        else:  # on to the next field that begins with a quote
+            found_at = part.find(b',"', at)
+            if found_at < 0:
+                return "start" if part.endswith(b",") else "plain"
+            state, at = "start", found_at + 1
+    return state
 
 
 def _csv_items(handle: BinaryIO, position: int) -> Iterator[Item]:
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # never reached: records are shorter
     pieces = _Pieces(handle, position)
     reader = csv.reader(pieces)
     while True:
+        pieces.begin()
         start = pieces.position
         try:
             fields = next(reader)
         except StopIteration:
             return
-        except csv.Error:
-            yield Item(start, None)
+        except _TooLong:
+            yield Item(start, f"row is longer than {LONGEST >> 20} MiB")
             continue
-        if fields:
+        except csv.Error:
+            yield Item(start, "row is no CSV")
+            continue
+        if pieces.ended:
+            yield Item(start, open_quote(pieces.lines))
+        elif fields:
             yield Item(start, fields)
 
 
-def _csv_record(header: list[str], fields: list[str] | None) -> Made:
-    if fields is None:
-        return None, "undecodable", f"row is no CSV, or has a field longer than {LONGEST >> 20} MiB"
+def _csv_record(header: list[str], fields: list[str] | str) -> Made:
+    if isinstance(fields, str):
+        return None, "undecodable", fields
     if len(fields) > len(header) and any(field.strip() for field in fields[len(header) :]):
         return None, "undecodable", f"row has {len(fields)} fields where the header has {len(header)}"
     record: dict[str, Any] = dict(zip(header, fields, strict=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from clifflab.text.formats import ThinkingFormat, chat_prefix
 from clifflab.text.spans import Spans, find_spans, split_text
 
 Messages = list[dict[str, str]]
-_INLINE = re.compile(r"^\s*(?:<think>)?(?P<thinking>.*?)</think>(?P<response>.*)$", re.DOTALL)
-_OPEN = re.compile(r"^\s*<think>(?P<thinking>.*)$", re.DOTALL)
+_OPEN, _CLOSE = "<think>", "</think>"
 
 
 class Renderer:
@@ -156,8 +154,9 @@ def split_inline(text: str) -> tuple[str | None, str | None]:
     The open marker may be missing, as in the output of models whose chat template writes it. Thinking is ``None`` where
     there is no marker, the response where the thinking is opened and never closed.
     """
-    if match := _INLINE.match(text):
-        return match["thinking"].strip(), match["response"].strip()
-    if match := _OPEN.match(text):
-        return match["thinking"].strip(), None
-    return None, text.strip()
+    text = text.strip()
+    opened = text.startswith(_OPEN)
+    thinking, closed, response = text.removeprefix(_OPEN).partition(_CLOSE)
+    if closed:
+        return thinking.strip(), response.strip()
+    return (thinking.strip(), None) if opened else (None, text)
