@@ -455,7 +455,7 @@ def test_one_prompt_at_fault_is_one_reject(model: Any, monkeypatch: pytest.Monke
     assert tries[-2:] == [1, 1]  # alone, and once more
     assert max(sizes) == 7
 
-    # Any other error is no row's fault, and numbers that are finite nowhere are the model's.
+    # Any other error is no row's fault.
     def broken(*_: Any) -> list[Completion]:
         raise error
 
@@ -464,5 +464,4 @@ def test_one_prompt_at_fault_is_one_reject(model: Any, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="shapes"):
         run()
     error = not_finite(model, "next-token logits")
-    with pytest.raises(InputError, match=r"not finite .in all prompts of block 0"):
-        run()
+    assert set(run().values()) == {"not_finite"}  # the worker tells whether the model is broken

@@ -12,7 +12,7 @@ import torch
 from clifflab.config import ScoreConfig, TracesConfig
 from clifflab.engines import Completion, Request, TransformersEngine, row_seed
 from clifflab.errors import TraceError
-from clifflab.models.forward import NotFiniteError, no_memory, not_finite
+from clifflab.models.forward import NotFiniteError, no_memory
 from clifflab.models.loading import LoadedModel
 from clifflab.science.judges import judge
 from clifflab.scoring.prepare import fit
@@ -40,9 +40,6 @@ def complete(
     Returns:
         ``tables.READY`` in the order of the input, and the prompts whose trace cannot be scored. A prompt at which the
         model yields numbers that are not finite, or that alone does not fit into memory, is one of these.
-
-    Raises:
-        InputError: The numbers are not finite for any of the block's prompts, which is the model's fault.
     """
     prompts = bare_prompts(prepared.table)
     limit = min(loaded.context, settings.max_tokens or loaded.context)
@@ -61,8 +58,6 @@ def complete(
                 )
             except TraceError as error:
                 written[place] = error
-    if len(prompts) > 1 and all(isinstance(f, TraceError) and f.reason == NOT_FINITE for f in written.values()):
-        raise not_finite(loaded, f"in all prompts of block {prepared.block.number}")
     traces: list[Ready] = []
     rejects: list[Reject] = []
     for place, prompt in enumerate(prompts):

@@ -73,7 +73,7 @@ class BlockScorer:
             ready, unfinished = complete(self._loaded, prepared, self._job.generate, self._job.seed, name, settings)
             rejects += unfinished
         found = self._kernel.score(*inputs_of(ready))
-        self._check_finite(found.problem)
+        self._check_finite([*found.problem, *(r.reason for r in rejects if r.reason == NOT_FINITE)])
         parts = {SCORES: scored_table(ready, found, self._probes, self._job.model.name, name)}
         good = pa.array([not problem for problem in found.problem], pa.bool_())
         if settings.keep_traces:
