@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +22,14 @@ from clifflab.errors import InputError
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.kernel import Kernel
 from clifflab.scoring.measures import Found
+from clifflab.scoring.packed import PackedAttention, configs_of
 from clifflab.scoring.plain import plain_logits, score_plain
 from clifflab.scoring.probes import Probe, ProbeFile, ProbeSet, check_probes, load_probes
 from clifflab.scoring.table import inputs_of, scored_table
+from clifflab.scoring.trial import TOLERANCE, find_ways, length_borders
 from clifflab.stages.corpus_cliff import cliff_rows
 from clifflab.text.spans import Spans
-from tests.test_sweeps import ARCHITECTURES, tiny
+from tests.test_sweeps import ARCHITECTURES, GQA, tiny
 
 WINDOW = (0.5, 0.9)
 SPANS = ("prefix_end", "thinking_start", "closing_start", "response_start")
@@ -82,10 +86,11 @@ def test_kernel_equals_plain(name: str) -> None:
         plain = score_plain(loaded, probes, WINDOW, ids, spans)
         assert np.isnan(plain.measures).any()
         assert np.nanstd(plain.measures) > 0.1
-        for mode, budget in (("packed", None), ("packed", 64), ("padded", None), ("padded", 64), ("auto", 1)):
+        for mode, budget in (("packed", 200), ("packed", 64), ("padded", None), ("padded", 64), ("auto", 1)):
             kernel = Kernel(loaded, probes, WINDOW, budget, mode)  # type: ignore[arg-type]
             assert kernel.mode == ("packed" if mode == "auto" else mode)
-            assert kernel._ways.trim is not None
+            assert kernel.trimmed
+            assert kernel.reason == ("padding was asked for" if mode == "padded" else "")
             found = kernel.score(ids, spans)
             assert off(found, plain) < 1e-4, (mode, budget)
             assert found.padding_share < (0.05 if mode == "padded" else 1e-9)
@@ -158,7 +163,9 @@ def test_what_cannot_be_packed_is_padded(monkeypatch: pytest.MonkeyPatch) -> Non
     loaded = tiny("llama")
     probes = probe_set(loaded.d_model, (1,))
     monkeypatch.setattr("clifflab.scoring.packed.PackedAttention.apart", lambda self, lengths: nullcontext())
-    assert Kernel(loaded, probes, WINDOW).mode == "padded"  # traces that see each other
+    kernel = Kernel(loaded, probes, WINDOW)
+    assert kernel.mode == "padded"  # traces that see each other
+    assert kernel.reason.startswith("states after block 1 differ by")
     with pytest.raises(InputError, match=r"models.path: tiny-llama: cannot be packed \(states after block 1 differ"):
         Kernel(loaded, probes, WINDOW, mode="packed")
     monkeypatch.undo()
@@ -171,9 +178,159 @@ def test_a_block_that_cannot_be_trimmed_runs_whole(name: str, monkeypatch: pytes
     probes = probe_set(loaded.d_model, (1,))
     monkeypatch.setattr("clifflab.scoring.trim._ATTENTION", (name,))  # keys of all tokens are needed behind it
     kernel = Kernel(loaded, probes, WINDOW)
-    assert kernel._ways.trim is None
+    assert not kernel.trimmed
+    assert kernel.trim_reason
     ids, spans = traces()
     assert off(kernel.score(ids, spans), score_plain(loaded, probes, WINDOW, ids, spans)) < 1e-4
+
+
+LONG = {**GQA, "max_position_embeddings": 1024, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 8.0, 30.0]}
+
+
+def built(kind: str, **sizes: Any) -> LoadedModel:
+    """A tiny model of an architecture whose attention depends on lengths or places."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, kind, (kind, {**LONG, **sizes}))
+        loaded = tiny.__wrapped__(kind)
+    return replace(loaded, context=1024)
+
+
+def of_lengths(*lengths: int) -> tuple[list[list[int]], list[Spans]]:
+    return traces([(4, length - 6, 2, 0) for length in lengths])
+
+
+@pytest.mark.parametrize("kind", ["phi3", "phimoe"])
+def test_long_traces_leave_the_frequencies_of_short_ones_alone(kind: str) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **FACTORS}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    if kind == "phimoe":
+        rope |= {"short_mscale": 1.0, "long_mscale": 1.2}
+    loaded = built(kind, rope_parameters=rope, original_max_position_embeddings=64, **experts)
+    assert length_borders(loaded) == (64,)
+    probes = probe_set(loaded.d_model, (2, 1))
+    ids, spans = of_lengths(66, 65, 64, 63, 100, 30, 101, 64)
+    plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    before = loaded.model(torch.tensor([ids[0]])).logits
+    for mode, budget in (("packed", 300), ("packed", 150), ("padded", 500), ("auto", None)):
+        kernel = Kernel(loaded, probes, WINDOW, budget, mode)  # type: ignore[arg-type]
+        assert kernel.mode == ("padded" if mode == "padded" else "packed")
+        assert off(kernel.score(ids, spans), plain) < 1e-4, (mode, budget)
+    assert torch.equal(loaded.model(torch.tensor([ids[0]])).logits, before)
+    object.__setattr__(kernel._ways, "borders", ())
+    assert off(kernel.score(ids, spans), plain) > 1e-2  # what the border is for
+    layered = SimpleNamespace(_attn_implementation_internal="sdpa", rope_scaling={"full": {**rope}, "sliding": None})
+    layered.rope_scaling["full"]["original_max_position_embeddings"] = 9
+    module: Any = torch.nn.Identity()
+    module.config = layered
+    assert length_borders(SimpleNamespace(body=module)) == (9,)  # type: ignore[arg-type]
+
+
+def test_attention_by_the_place_in_the_row_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows only far behind in a row: a short trial would not see it."""
+    sizes = {
+        "head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "attn_scale": 0.5,
+        "intermediate_size_mlp": 48, "no_rope_layers": [1, 0, 1], "attn_temperature_tuning": True,
+    }  # fmt: skip
+    ids, spans = of_lengths(200, 120, 70, 45, 45, 12)
+    for scale, mode in ((40, "padded"), (900, "padded"), (2000, "packed")):
+        loaded = built("llama4_text", **sizes, floor_scale=scale)
+        probes = probe_set(loaded.d_model, (2,))
+        kernel = Kernel(loaded, probes, WINDOW)
+        assert kernel.mode == mode, (scale, kernel.reason)
+        assert ("states after block 2 differ" in kernel.reason) == (mode == "padded")
+        assert off(kernel.score(ids, spans), score_plain(loaded, probes, WINDOW, ids, spans)) < 1e-4
+    for config in configs_of(loaded):
+        monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="flash_attention_2 knows no chunks"):
+        PackedAttention(loaded)
+
+
+def test_long_windows_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = built("gemma3_text", head_dim=8, sliding_window=400, layer_types=["sliding_attention"] * 3)
+    probes = probe_set(loaded.d_model, (2,))
+    ids, spans = of_lengths(900, 500, 405, 390, 120)
+    plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    for budget in (None, 500):
+        kernel = Kernel(loaded, probes, WINDOW, budget)
+        assert kernel.mode == "packed"
+        assert off(kernel.score(ids, spans), plain) < 1e-4
+    monkeypatch.setattr("clifflab.scoring.packed._Mask.of", lambda self, length: None)  # causal, whatever the window
+    assert Kernel(loaded, probes, WINDOW).mode == "padded"
+    assert Kernel(loaded, probes, WINDOW, 500).mode == "padded"  # the window's length alone asks for it
+    kernel = Kernel(loaded, probes, WINDOW, 300)  # a row that no trace beyond the window shares
+    assert kernel.mode == "packed"
+    assert off(kernel.score(ids, spans), plain) < 1e-4
+
+
+def test_no_packed_row_is_longer_than_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny("llama")
+    probes = probe_set(loaded.d_model, (1,))
+    monkeypatch.setattr("clifflab.scoring.trial._MOST_CPU", 100)
+    assert Kernel(loaded, probes, WINDOW, 1000).budget == 100
+    assert Kernel(loaded, probes, WINDOW, 1000, "padded").budget == 1000
+
+
+def test_a_trial_without_memory_is_made_again_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny("llama")
+    probes = probe_set(loaded.d_model, (1,))
+    body, most = type(loaded.body).forward, 150
+
+    def forward(self: Any, input_ids: torch.Tensor, **others: Any) -> Any:
+        if input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return body(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(type(loaded.body), "forward", forward)
+    kernel = Kernel(loaded, probes, WINDOW, 400)
+    assert (kernel.mode, kernel.reason, kernel.budget) == ("packed", "", 100)
+    most = 50
+    with pytest.raises(torch.OutOfMemoryError):
+        find_ways(loaded, (1,), "auto", 100)
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_half_precision(mode: Any) -> None:
+    loaded = tiny("qwen2")
+    model = deepcopy(loaded.model).to(torch.bfloat16)
+    loaded = replace(loaded, model=model, body=model.base_model, blocks=model.base_model.layers)
+    probes = probe_set(loaded.d_model, (2, 1))
+    ids, spans = traces()
+    kernel = Kernel(loaded, probes, WINDOW, 200, mode)
+    assert kernel.mode == mode
+    assert kernel.trimmed
+    plain = score_plain(loaded, probes, WINDOW, ids, spans)
+    with torch.no_grad():
+        states = loaded.model(torch.tensor([ids[7]]), output_hidden_states=True).hidden_states[1:-1]
+    length = max(float(state.float().norm(dim=-1).max()) for state in states)
+    weight = max(float(np.linalg.norm(probe.weight)) for probe in probes.probes)
+    assert off(kernel.score(ids, spans), plain) < 2 * TOLERANCE[torch.bfloat16] * length * weight
+    assert np.nanstd(plain.measures) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_what_no_measure_reads_may_be_anything(mode: Any) -> None:
+    """A state outside the read positions that is not finite spoils nothing, in either way."""
+    loaded = tiny("qwen2")
+    ids, spans = of_lengths(60, 60, 30)
+    ids = [[5 if token == 96 else token for token in row] for row in ids]
+    ids[0][8] = 96  # in the thinking, before the window
+    weight = loaded.model.get_input_embeddings().weight
+    kept = weight[96].clone()
+    probes = probe_set(loaded.d_model, (0,))
+    try:
+        with torch.no_grad():
+            # Later tokens stay as they are, and its own logit is beyond float32.
+            weight[96] = torch.from_numpy(np.sign(probes.probes[0].weight)) * 3e38
+        found = Kernel(loaded, probes, WINDOW, 100, mode).score(ids, spans)
+        plain = score_plain(loaded, probes, WINDOW, ids, spans)
+        logits = plain_logits(loaded, probes, ids[0], spans[0])
+    finally:
+        with torch.no_grad():
+            weight[96] = kept
+    assert not np.isfinite(logits).all()
+    assert plain.problem == ["", "", ""]
+    assert off(found, plain) < 1e-4
 
 
 def write_probes(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clifflab.errors import InputError
 from clifflab.models.forward import position_ids
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.measures import Ints, ranges
@@ -22,10 +21,6 @@ from clifflab.scoring.packed import PackedAttention
 from clifflab.scoring.trim import Trim
 
 Read = Callable[[int, torch.Tensor], None]
-# Largest difference of a packed state from the same state alone, beside its length, that rounding explains.
-_TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
-_TRIAL = (13, 5, 5, 3, 1)  # tokens of the trial's traces
-_LONGEST_TRIAL = 300
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,18 @@ class Ways:
     Attributes:
         packing: Its attention for packed rows; ``None`` where batches are padded.
         trim: Its last probed block at just the read tokens; ``None`` where it runs at all of them.
+        tried: Tokens up to which a packed row was tried.
+        borders: Lengths that no pass may have traces on both sides of: one up to it and one beyond it.
+        unpacked: Why it is not packed.
+        untrimmed: Why it is not trimmed.
     """
 
     packing: PackedAttention | None = None
     trim: Trim | None = None
+    tried: int = 0
+    borders: tuple[int, ...] = ()
+    unpacked: str = ""
+    untrimmed: str = ""
 
 
 @torch.inference_mode()
@@ -117,73 +120,6 @@ def run_to(
         except _LastLayer:
             return
     raise AssertionError("the last probed layer never ran")
-
-
-def find_ways(loaded: LoadedModel, layers: Sequence[int], mode: str) -> Ways:
-    """What the model allows, by a trial on a few short traces.
-
-    Args:
-        loaded: The model.
-        layers: Probed layers.
-        mode: ``packed``, ``padded``, or ``auto``: packed where a trial gives every trace the states that it has alone.
-
-    Raises:
-        InputError: ``packed``, and the trial fails.
-    """
-    trial, packing = _Trial(loaded, layers), None
-    if mode != "padded":
-        try:
-            packing = PackedAttention(loaded)
-            problem = trial.problem(Ways(packing))
-        except Exception as error:  # noqa: BLE001 - whatever an architecture does with a packed row: it cannot be packed
-            problem = f"{type(error).__name__}: {error}"
-        if problem and mode == "packed":
-            raise InputError("models.path", loaded.spec.path, f"cannot be packed ({problem})", "score it padded")
-        packing = None if problem else packing
-    trimmed = Ways(packing, Trim(loaded, layers[-1]))
-    try:
-        problem = trial.problem(trimmed)
-    except Exception as error:  # noqa: BLE001 - as above
-        problem = str(error) or repr(error)
-    return Ways(packing) if problem else trimmed
-
-
-class _Trial:
-    """A few short traces and the states that each has alone."""
-
-    def __init__(self, loaded: LoadedModel, layers: Sequence[int]) -> None:
-        self._loaded, self._layers = loaded, layers
-        config = loaded.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) or 0
-        longest = max(min(window + 9, _LONGEST_TRIAL, loaded.context) if window else 0, _TRIAL[0])
-        rng = np.random.default_rng(0)
-        self._rows = [rng.integers(0, config.vocab_size, size) for size in (longest, *_TRIAL[1:])]
-        alone = [self._states(pad([row], loaded.pad_id), Ways()) for row in self._rows]
-        self._wanted = {layer: torch.cat([states[layer] for states in alone]) for layer in layers}
-
-    def problem(self, ways: Ways) -> str:
-        """What is wrong with the states of all traces in one batch; empty where they are those of each alone."""
-        batch = pack(self._rows) if ways.packing else pad(self._rows, self._loaded.pad_id)
-        own = np.arange(int(batch.lengths.sum()))[:: 3 if ways.trim else 1]  # a third of the tokens is read
-        kept = torch.from_numpy(ranges(batch.starts, batch.lengths)[own]).to(self._loaded.device)
-        found = self._states(batch, ways, kept if ways.trim else None)
-        for layer in self._layers:
-            wanted = self._wanted[layer][own]
-            length = wanted.norm(dim=-1).clamp_min(1e-6)
-            off = float(((found[layer][kept] - wanted).norm(dim=-1) / length).max())
-            if not off <= _TOLERANCE.get(self._loaded.model.dtype, 1e-3):
-                return f"states after block {layer} differ by {off:.2g} of their length"
-        return ""
-
-    def _states(self, batch: Batch, ways: Ways, kept: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
-        """States of all tokens after each layer, ``[B x T, D]``, float32."""
-        found: dict[int, torch.Tensor] = {}
-
-        def read(layer: int, hidden_BTD: torch.Tensor) -> None:
-            found[layer] = hidden_BTD.flatten(0, 1).float()
-
-        run_to(self._loaded, self._layers, read, batch, ways, kept)
-        return found
 
 
 class _LastLayer(Exception):  # noqa: N818 - no error: it ends a pass whose work is done

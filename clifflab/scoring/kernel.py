@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 
 from clifflab.models.loading import LoadedModel
-from clifflab.scoring.forward import Batch, find_ways, pack, pad, run_to
+from clifflab.scoring.forward import Batch, Ways, pack, pad, run_to
 from clifflab.scoring.measures import Found, Ints, Reads, Tokens
 from clifflab.scoring.probes import ProbeSet
+from clifflab.scoring.trial import find_ways, no_memory
 from clifflab.scoring.types import TOO_LONG
 from clifflab.text.spans import Spans
 
@@ -27,7 +28,7 @@ Mode = Literal["auto", "packed", "padded"]
 MOST_PADDING = 0.05
 # Tokens of a pass. A CPU is fastest while a batch's activations stay in its cache; a GPU wants to be filled.
 CPU_BUDGET, GPU_BUDGET = 1024, 8192
-_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not enough memory")
+_LEAST_BUDGET = 64  # where memory does not suffice for a trial of so few tokens, the model cannot be run
 
 
 class Kernel:
@@ -42,7 +43,10 @@ class Kernel:
 
     Attributes:
         mode: ``packed`` or ``padded``.
-        budget: Tokens of one pass; halved, for good, whenever memory runs out.
+        reason: Why it is padded; empty where it is packed.
+        trimmed: Whether the last probed block runs at just the tokens that it must.
+        trim_reason: Why it runs at all of them; empty where it is trimmed.
+        budget: Tokens of one pass; halved, for good, whenever memory runs out. Packed, at most what the trial had.
 
     Raises:
         InputError: ``packed`` was asked for, and the model does not allow it.
@@ -58,8 +62,11 @@ class Kernel:
     ) -> None:
         self._loaded, self._probes, self._window = loaded, probes, window
         self.budget = token_budget or (GPU_BUDGET if loaded.device.type == "cuda" else CPU_BUDGET)
-        self._ways = find_ways(loaded, probes.layers, mode)
+        self._ways = self._find_ways(mode)
         self.mode: Literal["packed", "padded"] = "packed" if self._ways.packing else "padded"
+        self.reason, self.trimmed, self.trim_reason = self._ways.unpacked, bool(self._ways.trim), self._ways.untrimmed
+        if self._ways.packing:
+            self.budget = min(self.budget, self._ways.tried)
         self._readers: dict[int, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
         for layer in probes.layers:
             places = probes.on(layer)
@@ -98,8 +105,22 @@ class Kernel:
                 done, again = done + 1, False
         return found
 
+    def _find_ways(self, mode: Mode) -> Ways:
+        """The trial, with a smaller budget where memory does not suffice for it."""
+        while True:
+            try:
+                return find_ways(self._loaded, self._probes.layers, mode, self.budget)
+            except (RuntimeError, MemoryError) as error:
+                if not no_memory(error) or self.budget <= _LEAST_BUDGET:
+                    raise
+            self._free()
+            self.budget //= 2
+
     def _fitting(self, lengths: Ints) -> int:
         """How many of the traces, longest first, make the next batch; at least one."""
+        for border in self._ways.borders:
+            if lengths[0] > border:
+                lengths = lengths[: np.searchsorted(-lengths, -border)]
         if self._ways.packing:
             return max(1, int(np.searchsorted(np.cumsum(lengths), self.budget, side="right")))
         within = lengths[: max(1, self.budget // int(lengths[0]))]
@@ -107,20 +128,24 @@ class Kernel:
         return int(np.flatnonzero(share < MOST_PADDING)[-1]) + 1
 
     def _batch(self, rows: list[npt.NDArray[np.int64]]) -> Batch:
-        return pack(rows) if self._ways.packing else pad(rows, self._loaded.pad_id)
+        # A trace by itself goes the model's own way: how long it is need not have been tried.
+        return pack(rows) if self._ways.packing and len(rows) > 1 else pad(rows, self._loaded.pad_id)
 
     def _attempt(self, batch: Batch, reads: Reads) -> npt.NDArray[np.float32] | None:
         """Probe logits ``[R, Q]`` at the read positions of a batch; ``None`` where memory does not suffice."""
         try:
             return self._run(batch, reads)
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
-            if not _no_memory(error):
+            if not no_memory(error):
                 raise
         # Outside the handler: the traceback no longer holds the failed pass's tensors.
+        self._free()
+        return None
+
+    def _free(self) -> None:
         gc.collect()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
-        return None
 
     @torch.inference_mode()
     def _run(self, batch: Batch, reads: Reads) -> npt.NDArray[np.float32]:
@@ -136,10 +161,3 @@ class Kernel:
 
         run_to(self._loaded, self._probes.layers, read, batch, self._ways, kept_K)
         return logits_RQ.cpu().numpy()
-
-
-def _no_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(word in str(error) for word in _NO_MEMORY)

@@ -32,17 +32,18 @@ class PackedAttention:
         loaded: The model.
 
     Raises:
-        ValueError: The model has no attention setting that could be changed, or several that differ.
+        ValueError: The model has no attention setting that could be changed, or several that differ, or one that would
+            ignore the chunks that the model attends within.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        owners: list[Any] = [getattr(module, "config", None) for module in loaded.body.modules()]
-        found = {id(config): config for config in owners if hasattr(config, "_attn_implementation_internal")}
-        self._configs: list[Any] = list(found.values())
+        self._configs = configs_of(loaded)
         implementations = {config._attn_implementation_internal for config in self._configs}
         if len(implementations) != 1:
             raise ValueError(f"attention implementations {implementations}")
         self.own = implementations.pop() or "eager"
+        if "flash" in self.own and any(getattr(config, "attention_chunk_size", None) for config in self._configs):
+            raise ValueError(f"{self.own} knows no chunks of attention")
         self.runs: list[tuple[int, int, int]] = []
 
     @contextmanager
@@ -68,6 +69,13 @@ class PackedAttention:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
             _ACTIVE.remove(self)
+
+
+def configs_of(loaded: LoadedModel) -> list[Any]:
+    """The settings that the modules of a model's body read, each once."""
+    owners: list[Any] = [getattr(module, "config", None) for module in loaded.body.modules()]
+    found = {id(config): config for config in owners if hasattr(config, "_attn_implementation_internal")}
+    return list(found.values())
 
 
 class _Mask:

@@ -38,13 +38,15 @@ def score_plain(
         ids: Token ids of each trace; the response is not run.
         spans: Their borders.
     """
-    found = Found.empty(Reads.of(spans, window), len(probes))
+    reads = Reads.of(spans, window)
+    found = Found.empty(reads, len(probes))
     end = 0
     for n, (row, span) in enumerate(zip(ids, spans, strict=True)):
         start, end = end, end + span.closing_tokens
         logits_QT = plain_logits(loaded, probes, row, span)
         found.tokens += span.response_start
-        if not np.isfinite(logits_QT).all():
+        read = reads.take(np.array([n])).positions(np.zeros(1, dtype=np.int64)) - span.scored.start
+        if not np.isfinite(logits_QT[:, read]).all():  # what no measure reads may be anything
             found.problem[n] = NOT_FINITE
             continue
         measured = measure(logits_QT[None], span.thinking_tokens, window)
