@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from clifflab.artifacts import code_hash, fingerprint
 from clifflab.errors import InputError
 from clifflab.scoring.job import CODE, JOB, MANIFEST, Folder, Job
+from clifflab.scoring.probes import ProbeSet
 from clifflab.scoring.verify_again import check_rejects, check_scores, check_sources
 from clifflab.scoring.verify_files import REMEDY, VerifyError, check_files
 from clifflab.scoring.verify_rows import check_ids, check_rows
 
 _COUNTS = ("read", "scored", "tokens", "padding", "cut", "rejected", "blocks", "probes")
-_ENTRIES = {"fingerprint": str, "reasons": dict, "parts": dict, "sides": dict, "identity": dict}
+_ENTRIES = {"fingerprint": str, "reasons": dict, "parts": dict, "sides": dict, "ways": dict, "identity": dict}
 # Parts of the identity that the job itself tells; the others are hashes.
 _TOLD = ("rows", "settings", "window", "generate", "max_rows", "sample", "seed")
 
@@ -78,8 +79,8 @@ def _steps(
     rng: random.Random,
 ) -> Iterator[tuple[str, str | None]]:  # fmt: skip
     """Each check twice: its name as it begins, and again with what it found."""
-    job, same = _identity(about, manifest)
-    yield "identity", f"fingerprint {manifest['fingerprint'][:12]}{'' if same else _OTHER}"
+    job, other = _identity(about, manifest)
+    yield "identity", f"fingerprint {manifest['fingerprint'][:12]}{other}"
     yield "files", None
     note("checksums")
     parts, detail = check_files(folder, manifest, job)
@@ -104,14 +105,11 @@ def _steps(
         yield "scores", "there are none"
     else:
         note("scoring rows the plain way")
-        yield "scores", check_scores(job, drawn, manifest, "" if same else _OTHER)
+        yield "scores", check_scores(job, drawn, other)
 
 
-_OTHER = "; written by another version of clifflab, compared all the same"
-
-
-def _identity(about: dict[str, Any], manifest: dict[str, Any]) -> tuple[Job, bool]:
-    """The job, and whether this version of clifflab wrote its results.
+def _identity(about: dict[str, Any], manifest: dict[str, Any]) -> tuple[Job, str]:
+    """The job, and what to say where other versions wrote its results: rounding apart, they should be the same.
 
     Raises:
         VerifyError: An entry is missing, or job.json and manifest.json do not belong together.
@@ -125,19 +123,25 @@ def _identity(about: dict[str, Any], manifest: dict[str, Any]) -> tuple[Job, boo
             raise VerifyError(f"{MANIFEST} has no entry {name!r}; {REMEDY}")
     if manifest.get("status") != "complete":
         raise VerifyError(f"{MANIFEST} has the status {manifest.get('status')!r}, not 'complete'; {REMEDY}")
-    identity, name = about.get("identity"), about.get("fingerprint")
+    identity, named = about.get("identity"), about.get("fingerprint")
     if not isinstance(identity, dict) or not (
-        name == fingerprint(identity) == manifest["fingerprint"] == fingerprint(manifest["identity"])
+        named == fingerprint(identity) == manifest["fingerprint"] == fingerprint(manifest["identity"])
     ):
         raise VerifyError(f"{JOB} and {MANIFEST} do not belong together, or were changed; {REMEDY}")
-    same = identity.get("code") == code_hash(CODE)
+    others = ["another version of clifflab"] if identity.get("code") != code_hash(CODE) else []
     try:
         job = Job.model_validate(about.get("job"))
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "job"
         raise VerifyError(f"{JOB}: {where} is nothing that this version of clifflab knows; {REMEDY}") from None
-    told = job.model_copy(update={"probes": ()}).identity({}, "", [])
+    told = job.identity({}, ProbeSet((), ()), "", [])
     differs = [part for part in _TOLD if told[part] != identity.get(part)]
-    if same and differs:
+    if differs and not others:
         raise VerifyError(f"{JOB}: its job and its identity differ in {', '.join(differs)}; {REMEDY}")
-    return job, same
+    if len(identity.get("probes", [])) != manifest["probes"]:
+        raise VerifyError(
+            f"{MANIFEST}: its identity has other probes than the {manifest['probes']} it counts; {REMEDY}"
+        )
+    now, then = told["packages"], identity.get("packages", {})
+    others += [f"{name} {then[name]}" for name in sorted(then) if then[name] != now.get(name)]
+    return job, f"; written by {', '.join(others)}, compared all the same" if others else ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clifflab import tables
-from clifflab.artifacts import HashCache, file_hash
+from clifflab.artifacts import HashCache
 from clifflab.errors import InputError
 from clifflab.models.loading import load, model_identity
-from clifflab.scoring.job import DUPLICATES, HASHES, MANIFEST, REJECTS, SCORES, Folder, Job
+from clifflab.scoring.job import DUPLICATES, HASHES, MANIFEST, REJECTS, SCORES, Folder, Job, input_identity
 from clifflab.scoring.plain import score_plain
 from clifflab.scoring.probes import load_probes
 from clifflab.scoring.sources import find_sources
@@ -60,12 +58,16 @@ def check_sources(folder: Folder, job: Job, identity: Mapping[str, Any]) -> list
     other = [name for name in known if name not in ("name", "converter") and model and model.get(name) != known[name]]
     if other:
         changed.append(f"the model {job.model.path} has changed ({', '.join(other)})")
-    for path, digest in zip(job.probes, identity.get("probes", []), strict=False):
-        if look(partial(file_hash, Path(path))) not in (digest, None):
-            changed.append(f"the probes {path} have changed")
+    probes = look(lambda: load_probes(job.probes, job.settings.probes))
+    if probes is not None:
+        digests = {probe["sha256"] for probe in identity["probes"]}
+        moved = [f"the probes {file.path} have changed" for file in probes.files if file.sha256 not in digests]
+        if not moved and probes.identity() != identity["probes"]:
+            moved = ["probes.json has changed: it gives other layers or kinds of probes"]
+        changed += moved
     sources = look(lambda: find_sources(job.input))
     if sources is not None:
-        changed += _moved([[s.name, s.kind, s.compression, s.size, s.changed] for s in sources], identity["input"])
+        changed += _moved(input_identity(sources), identity["input"])
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise VerifyError(f"{'; '.join(changed[:3])}{more}; put back what was scored, or {REMEDY}")
@@ -183,13 +185,12 @@ def _rows(table: pa.Table, wanted: Sequence[int]) -> pa.Table:
     return table.filter(pc.is_in(table["row"], pa.array(wanted, pa.int64())))
 
 
-def check_scores(job: Job, drawn: Drawn, manifest: Mapping[str, Any], other: str) -> str:
+def check_scores(job: Job, drawn: Drawn, other: str) -> str:
     """Score the drawn traces the plain way.
 
     Args:
         job: The job.
         drawn: From :func:`check_rejects`.
-        manifest: Its manifest.
         other: What to say of results of another version.
 
     Raises:
@@ -199,8 +200,6 @@ def check_scores(job: Job, drawn: Drawn, manifest: Mapping[str, Any], other: str
         loaded, probes = load(job.model), load_probes(job.probes, job.settings.probes)
     except InputError as error:
         raise VerifyError(str(error)) from None
-    if len(probes) != manifest["probes"]:
-        raise VerifyError(f"{MANIFEST} says {manifest['probes']} probes, --probes has {len(probes)}{other}; {REMEDY}")
     worst, worst_logit, count = 0.0, 0.0, 0
     for ready, mine in drawn:
         found = score_plain(loaded, probes, job.window, *inputs_of(ready))

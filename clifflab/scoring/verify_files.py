@@ -15,7 +15,7 @@ from clifflab.scoring.commit import PARTS_SCHEMA
 from clifflab.scoring.job import BLOCKS, DUPLICATES, PARTS, REJECTS, SCORES, TRACES, Folder, Job
 from clifflab.scoring.types import Block
 
-REMEDY = "score again with --overwrite"
+REMEDY = "delete the folder and score again"
 SCHEMAS = {SCORES: tables.SCORED, REJECTS: tables.SCORE_REJECTS, TRACES: tables.TRACES}
 _BLOCK = pa.schema([(name, pa.int64()) for name in Block.__dataclass_fields__])
 

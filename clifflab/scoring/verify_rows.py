@@ -6,7 +6,7 @@ Files are read one block at a time; what is kept of a row are its number and a h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Tally:
         ids: Numbers of rows and hashes of their ids, without duplicates.
         repeats: The same of the rejects whose id came before.
         nameless: Rejects without an id that could not be decoded: their rows and sources.
-        keys: The probes, as their rows name them.
+        detail: A sentence.
     """
 
     blocks: list[Block]
@@ -58,7 +58,6 @@ class Tally:
     ids: list[tuple[Rows, Any]] = field(default_factory=list)
     repeats: list[tuple[Rows, Any]] = field(default_factory=list)
     nameless: Counter[str] = field(default_factory=Counter)
-    keys: tuple[str, ...] = ()
     detail: str = ""
 
 
@@ -81,13 +80,16 @@ def check_rows(folder: Folder, manifest: dict[str, Any], job: Job, parts: Mappin
         VerifyError: A row is lost, doubled or in the wrong place, or a count differs.
     """
     tally, duplicates = Tally(blocks_of(folder)), duplicates_of(folder)
+    probes = [
+        "/".join([p["sha256"][:12], *(str(p[name]) for name in _KEY[1:])]) for p in manifest["identity"]["probes"]
+    ]
     read = 0
     for block in tally.blocks:
         wanted = np.arange(block.base + block.start, block.base + block.stop, dtype=np.int64)
         if job.sample is not None:
             wanted = wanted[sampled(wanted, job.sample, job.seed)]
         read += len(wanted)
-        scored = _scored(tally, block, parts[SCORES, block.number], manifest["probes"])
+        scored = _scored(tally, block, parts[SCORES, block.number], sorted(probes))
         if (TRACES, block.number) in parts:
             _traces(parts[TRACES, block.number], scored)
         rejects = tables.SCORE_REJECTS.empty_table()
@@ -101,11 +103,11 @@ def check_rows(folder: Folder, manifest: dict[str, Any], job: Job, parts: Mappin
     if job.max_rows is not None and sum(block.rows for block in tally.blocks) > job.max_rows:
         raise VerifyError(f"more rows than --max-rows {job.max_rows}; {REMEDY}")
     counts = f"{manifest['scored']:,} scored + {manifest['rejected']:,} rejected = {read:,} read"
-    tally.detail = f"{counts}; {len(tally.keys) or manifest['probes']} probes each"
+    tally.detail = f"{counts}; {len(probes)} probe{'s' if len(probes) > 1 else ''} each"
     return tally
 
 
-def _scored(tally: Tally, block: Block, path: Path, probes: int) -> pa.Table:
+def _scored(tally: Tally, block: Block, path: Path, probes: Sequence[str]) -> pa.Table:
     """The traces of a part, one row each: row, id, trace_id."""
     about = f"block {block.number}: scores"
     names = ["row", "id", "trace_id", "cut_tokens", "thinking_tokens", "closing_tokens", *_KEY]
@@ -123,11 +125,8 @@ def _scored(tally: Tally, block: Block, path: Path, probes: int) -> pa.Table:
         raise VerifyError(
             f"{about}: row {rows[place // len(keys)]} of probe {keys[place % len(keys)]} {times}; {REMEDY}"
         )
-    if len(rows) and len(keys) != probes:
-        raise VerifyError(f"{about}: {len(keys)} probes, where the job has {probes}; {REMEDY}")
-    tally.keys = tally.keys or tuple(sorted(keys))
-    if len(rows) and tuple(sorted(keys)) != tally.keys:
-        raise VerifyError(f"{about}: other probes than in the blocks before; {REMEDY}")
+    if len(rows) and sorted(keys) != probes:
+        raise VerifyError(f"{about}: {len(keys)} probes, which are not the job's {len(probes)}; {REMEDY}")
     for name in ("id", "trace_id", "cut_tokens", "thinking_tokens", "closing_tokens"):
         _, codes = _coded(table[name])
         if (codes != codes[firsts][places]).any():
@@ -204,6 +203,12 @@ def _totals(manifest: dict[str, Any], tally: Tally, read: int) -> None:
     if not tally.cut <= manifest["cut"] <= tally.cut + tally.made:
         raise VerifyError(
             f"{MANIFEST} says that {manifest['cut']:,} traces were cut, the files {tally.cut:,}; {REMEDY}"
+        )
+    if sum(manifest["ways"].values()) != manifest["blocks"]:
+        raise VerifyError(f"{MANIFEST} counts {sum(manifest['ways'].values()):,} blocks by their way; {REMEDY}")
+    if manifest["padding"] and "padded" not in manifest["ways"]:
+        raise VerifyError(
+            f"{MANIFEST} says {manifest['padding']:,} tokens of padding, and no block was padded; {REMEDY}"
         )
     if manifest["tokens"] < tally.least or (manifest["tokens"] and not tally.scored.total() + tally.made):
         raise VerifyError(f"{MANIFEST} says {manifest['tokens']:,} tokens, which the files do not fit; {REMEDY}")
