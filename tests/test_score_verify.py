@@ -38,7 +38,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, probes, and the finished results of two probes."""
     root = tmp_path_factory.mktemp("job")
     rows: list[Any] = practice(ROWS)
-    rows[7] = {**rows[7], "thinking": None}
+    rows[7] = {**rows[7], "thinking": None, "response": None}
     rows[11] = {**rows[11], "id": rows[3]["id"]}
     rows[20] = '{"id": "broken", "prompt": '
     rows[30] = {**rows[30], "prompt": ""}
@@ -399,7 +399,7 @@ def test_rejects_are_made_anew(out: Path, tmp_path: Path) -> None:
     failed(out, "rejects", "row 12 is rejected (null), and is no reject when prepared anew")
     damage(out, 1, lambda rows: rows[-1].update(reason="not_finite"), "rejects")
     manifest(out, reasons={**reasons, "null": 1, "not_finite": 1})
-    code, output = verified(out)
+    code, output = verified(out, 4)
     assert code == 0, output
 
 
@@ -436,8 +436,8 @@ def test_scores_are_those_of_the_plain_way(out: Path, name: str) -> None:
         if name == "thinking_tokens":  # of all probes, as it must be
             rows[4][name] = rows[5][name] = rows[5][name] + 1
 
-    damage(out, 1, change)
-    failed(out, "scores", f"row 14: {name} is")
+    damage(out, 0, change)
+    failed(out, "scores", f"row 2: {name} is")
 
 
 def test_rounding_is_no_difference(out: Path) -> None:
@@ -447,7 +447,7 @@ def test_rounding_is_no_difference(out: Path) -> None:
             row["cliff_logit"] += 2e-4
 
     damage(out, 1, change)
-    code, output = verified(out)
+    code, output = verified(out, 8)
     assert code == 0, output
 
 
@@ -456,11 +456,19 @@ def test_another_version_is_compared_all_the_same(out: Path) -> None:
         edit(out / name, lambda about: about["identity"].update(code="0" * 12, settings={}))
         edit(out / name, lambda about: about["identity"]["packages"].update(torch="1.0"))
         edit(out / name, lambda about: about.update(fingerprint=fingerprint(about["identity"])))
-    code, output = verified(out)
+    code, output = verified(out, 8)
     assert code == 0, output
     assert "written by another version of clifflab, torch 1.0, compared all the same" in output
-    set_on(out, 4, plateau=0.5)
-    failed(out, "scores", "row 14: plateau is 0.5", "written by another version of clifflab")
+    set_on(out, 2, block=0, plateau=0.5)
+    failed(out, "scores", "row 1: plateau is 0.5", "written by another version of clifflab")
+
+
+def test_no_more_rows_than_asked_for(out: Path) -> None:
+    repoint(out, max_rows=40)
+    for name in ("job.json", "manifest.json"):
+        edit(out / name, lambda about: about["identity"].update(max_rows=40))
+        edit(out / name, lambda about: about.update(fingerprint=fingerprint(about["identity"])))
+    failed(out, "counts", "more rows than --max-rows 40")
 
 
 def test_only_bad_rows_no_rows_and_a_sample(job: Path, tmp_path: Path) -> None:
