@@ -284,29 +284,6 @@ def test_only_bad_rows_and_no_rows(probes: Path, tmp_path: Path) -> None:
     result = run(write_jsonl(tmp_path / "none.jsonl", []), probes, tmp_path / "none")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "none/manifest.json").read_text())["read"] == 0
-    for name in ("bad", "none"):
-        checked = score("--verify", tmp_path / name)
-        assert checked.exit_code == 0, checked.output
-
-
-def test_verify_finds_what_was_changed(finished: Path, corpus: Path, probes: Path, tmp_path: Path) -> None:
-    checked = score("--verify", finished, "--rows", 20)
-    assert checked.exit_code == 0, checked.output
-    assert "20 rows scored the plain way" in checked.output
-    out = tmp_path / "out"
-    assert run(corpus, probes, out, "--max-rows", 50).exit_code == 0
-    part = sorted((out / "scores").glob("*"))[0]
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    checked = score("--verify", out)
-    assert checked.exit_code == 1
-    assert f"scores/{part.name} is changed" in checked.output
-    part.unlink()
-    assert "is missing" in score("--verify", out).output
-    part.write_bytes(whole)
-    (out / "scores/part-99999999.parquet").write_bytes(whole)
-    assert "belongs to no block" in score("--verify", out).output
-    assert score("--verify", tmp_path / "nothing").exit_code == 2
 
 
 def test_compressed_and_plain_files_score_alike(finished: Path, probes: Path, corpus: Path, tmp_path: Path) -> None:
