@@ -65,7 +65,8 @@ def commit(
         block: The block.
         found: Tables by kind; an empty table of rejects is not written.
         rejects: Rows that are not scored.
-        about: What else the receipt tells: ``read``, ``scored``, ``tokens``, ``padding``, ``cut``, ``way``.
+        about: What else the receipt tells: ``read``, ``scored``, ``tokens``, ``padding``, ``cut``, ``way``
+            and ``why``.
 
     Raises:
         OutputError: The disk is full or the folder cannot be written.
@@ -123,7 +124,7 @@ def finish(
         CountsError: A block has no receipt, or the counts do not add up.
     """
     totals, reasons, ways = Counter[str](), Counter[str](), Counter[str]()
-    kept: set[str] = set()
+    kept, why = set[str](), set[str]()
 
     def write(scratch: Path) -> None:
         with pq.ParquetWriter(scratch, PARTS_SCHEMA, compression="zstd") as writer:
@@ -136,6 +137,7 @@ def finish(
                     totals.update({name: receipt[name] for name in _TOTALS})
                     reasons.update(receipt["rejected"])
                     ways[receipt["way"]] += 1
+                    why.update({receipt["why"]} - {""})
                     rows += [{"block": block.number, **file} for file in receipt["files"]]
                 kept.update(row["file"] for row in rows)
                 writer.write_table(pa.Table.from_pylist(rows, schema=PARTS_SCHEMA))
@@ -150,6 +152,7 @@ def finish(
         "blocks": len(blocks),
         "probes": probes,
         "ways": dict(sorted(ways.items())),
+        "padded_because": sorted(why),
         "parts": {"file": PARTS, "files": len(kept), "sha256": file_hash(folder.root / PARTS)},
         "sides": {name: file_hash(folder.root / name) for name in (BLOCKS, DUPLICATES)},
         "identity": identity,

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clifflab.models.forward import no_memory
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.forward import Batch, Ways, pack, pad, run_to
 from clifflab.scoring.measures import Found, Ints, Reads, Tokens
 from clifflab.scoring.probes import ProbeSet
-from clifflab.scoring.trial import find_ways, no_memory
+from clifflab.scoring.trial import find_ways
 from clifflab.scoring.types import TOO_LONG
 from clifflab.text.spans import Spans
 

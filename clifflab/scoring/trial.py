@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clifflab.errors import InputError
+from clifflab.models.forward import no_memory
 from clifflab.models.loading import LoadedModel
 from clifflab.scoring.forward import Batch, Ways, pack, pad, run_to
 from clifflab.scoring.measures import Ints
@@ -30,7 +31,6 @@ _LEAST, _MOST_CPU, _MOST_GPU = 64, 4096, 16384  # tokens of the row in front of 
 _FIRST = 0.6  # of these the longest trace
 _PAST = 9  # tokens that it goes beyond a window
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "not enough memory")
 
 _Row = npt.NDArray[np.int64]
 
@@ -89,13 +89,6 @@ def length_borders(loaded: LoadedModel) -> tuple[int, ...]:
                     own = own or getattr(config, "original_max_position_embeddings", None)
                     found.add(int(own or config.max_position_embeddings))
     return tuple(sorted(found))
-
-
-def no_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(word in str(error) for word in _NO_MEMORY)
 
 
 class _Trial:

@@ -87,7 +87,8 @@ class BlockScorer:
             "tokens": found.tokens,
             "padding": found.padding,
             "way": self._kernel.mode,
-            "cut": pc.sum(pc.greater(ready["cut_tokens"], 0)).as_py() or 0,
+            "why": self._kernel.reason,
+            "cut": pc.sum(pc.greater(ready.filter(good)["cut_tokens"], 0)).as_py() or 0,
         }
         receipt = commit(self._folder, self._fingerprint, block, parts, rejects, about)
         return {**receipt, "seconds": round(time.monotonic() - began, 3), "pid": os.getpid()}
