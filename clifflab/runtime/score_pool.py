@@ -26,6 +26,7 @@ _ACTOR_CPUS, _TASK_CPUS, _GPU_ACTOR_CPUS = 0.75, 0.25, 0.5
 _INIT_DEATHS = 20
 _MESSAGES = "ray.log"
 _MOST_TASKS = 4096
+_IDLE_MS = 600_000
 
 
 class InlinePool:
@@ -82,6 +83,9 @@ class RayPool:
         settings = self._settings
         if torch.cuda.is_available():  # workers are GPUs then, and tasks need cores beside them
             settings = settings.model_copy(update={"workers": "auto"})
+        # Else Ray ends a worker that waits for a second, where there are more than cores: the next task would import
+        # the tokenizer's library anew, which takes longer than the task.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
         self._started |= start_ray(settings)
         return self
 
