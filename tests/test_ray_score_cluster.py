@@ -63,7 +63,10 @@ class Watch:
     def note(self, text: str) -> None:
         pass
 
-    def begin(self, total: int, done: Any) -> None:
+    def begin(self, total: int) -> None:
+        pass
+
+    def work(self) -> None:
         pass
 
     def end(self) -> None:
