@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clifflab.artifacts import HashCache, output_error, read_parquet, remove, write_atomic, write_parquet
+from clifflab.artifacts import HashCache, read_parquet, remove, write_atomic, write_parquet
 from clifflab.models.loading import absolute, load_renderer, model_identity, resolve_spec
 from clifflab.models.sizes import model_sizes
+from clifflab.runtime.events import EventLog
 from clifflab.runtime.progress import Counted
 from clifflab.scoring.commit import Receipt, clear_work, committed, finish
 from clifflab.scoring.ids import find_duplicates
@@ -26,6 +25,7 @@ from clifflab.scoring.task import Corpus
 from clifflab.scoring.types import Block, Source
 
 Unit = list[Block]
+_LOGGED = ("block", "read", "scored", "tokens", "seconds", "pid", "node", "again")  # of a receipt
 
 
 class Pool(Protocol):
@@ -176,7 +176,7 @@ def _work(
             wanted.add(block.number)
         else:
             progress.add(receipt)
-    events = _Events(folder.root / EVENTS)
+    events = EventLog(folder.root / EVENTS)
     # Attempts count within a run: what kept failing may succeed with other settings, or more memory.
     events.write("start", blocks=len(blocks), done=len(blocks) - len(wanted), begun=_attempts(folder))
     remove(folder.work(ATTEMPTS))
@@ -186,7 +186,7 @@ def _work(
     progress.work()
     try:
         for receipt in pool.run(corpus.job, folder.root, fingerprint, corpus, [unit for unit in units if unit]):
-            events.block(receipt)
+            events.write("block", **{name: receipt[name] for name in _LOGGED if name in receipt})
             progress.add(receipt)
         events.write("end", begun=_attempts(folder))
     finally:
@@ -197,24 +197,3 @@ def _attempts(folder: Folder) -> int:
     """How often workers began a block since the last run began."""
     place = folder.work(ATTEMPTS)
     return sum(1 for _ in place.iterdir()) if place.is_dir() else 0
-
-
-class _Events:
-    """The log of a job, a line an event; appended to by every run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, kind: str, **about: Any) -> None:
-        """Append an event."""
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **about})
-        try:
-            with self._path.open("a", encoding="utf-8") as handle:
-                handle.write(line + "\n")
-        except OSError as error:
-            raise output_error(self._path, error) from None
-
-    def block(self, receipt: Receipt) -> None:
-        """A block is done."""
-        names = ("block", "read", "scored", "tokens", "seconds", "pid", "node", "again")
-        self.write("block", **{name: receipt[name] for name in names if name in receipt})
