@@ -50,7 +50,11 @@ class RuntimeConfig(Section):
         workers: Actors; ``auto`` is one per GPU, else one per CPU core.
         threads: Threads of one worker on a CPU. Equal thread counts give bit-equal results.
         object_store_mb: Size of Ray's object store when it is started here.
-        max_attempts: How often a unit is tried when its worker dies.
+        max_attempts: How often a unit is tried when its worker dies or hangs, or the disk refuses it.
+        address: A running Ray: ``auto``, or ``host:port``. One of this process's own is started without.
+        hang_seconds: A worker that shows no progress for so long is ended, and its unit done again elsewhere.
+        backoff_seconds: Pause before a unit is tried again; doubled each time.
+        patience_seconds: How long an idle worker waits for work of its own model before it takes another's.
     """
 
     kind: Literal["ray", "inline"] = "ray"
@@ -58,6 +62,10 @@ class RuntimeConfig(Section):
     threads: int = Field(default=1, ge=1)
     object_store_mb: int = Field(default=256, ge=80)
     max_attempts: int = Field(default=4, ge=1)
+    address: str | None = Field(default=None, min_length=1)
+    hang_seconds: float = Field(default=1800, gt=0)
+    backoff_seconds: float = Field(default=1.0, ge=0)
+    patience_seconds: float = Field(default=5.0, ge=0)
 
     @field_validator("workers")
     @classmethod

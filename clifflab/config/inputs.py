@@ -28,6 +28,10 @@ class ModelSpec(Section):
         adapter: Folder of a PEFT adapter that is merged into it, or ``repair:MODEL`` for what this study's repair of
             another model makes.
         before: Name of the model that it is compared with, before and after.
+        engine: What runs it.
+        gpus: GPUs of one worker: a fraction shares a GPU, more than one splits the model over several of one machine.
+            ``auto`` takes as many as its weights need.
+        replicas: Most workers that hold it at a time; ``auto`` lets idle ones join.
     """
 
     name: Slug
@@ -39,6 +43,9 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     adapter: str | None = Field(default=None, min_length=1)
     before: str | None = None
+    engine: Literal["transformers"] = "transformers"
+    gpus: Literal["auto"] | float = "auto"
+    replicas: Literal["auto"] | int = "auto"
 
     _check_name = field_validator("name")(slug)
 
@@ -46,6 +53,20 @@ class ModelSpec(Section):
     def repairs(self) -> str | None:
         """Name of the model whose repair makes this one."""
         return self.adapter.removeprefix(REPAIRED) if self.adapter and self.adapter.startswith(REPAIRED) else None
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_gpus(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and (value <= 0 or (value > 1 and value != int(value))):
+            raise ValueError("give auto, a share of one GPU such as 0.5, or a whole number")
+        return value
+
+    @field_validator("replicas")
+    @classmethod
+    def _some_replicas(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("give at least 1, or auto")
+        return value
 
     @field_validator("thinking_format")
     @classmethod
