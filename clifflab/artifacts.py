@@ -22,6 +22,7 @@ from typing import Any
 
 import clifflab
 from clifflab.errors import InputError, OutputError
+from clifflab.pulse import beat
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
 _RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text", "tuning")
@@ -78,6 +79,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(scratch, path)
+        beat()
     except OSError as error:
         raise output_error(path, error) from error
     finally:

@@ -18,6 +18,7 @@ from clifflab.models.forward import not_finite, position_ids, split_on_oom
 from clifflab.models.heads import HeadMap
 from clifflab.models.intervene import ChosenRows, Intervention, intervene
 from clifflab.models.loading import LoadedModel
+from clifflab.pulse import beat
 
 
 class TransformersEngine:
@@ -79,6 +80,7 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
+            beat()
             logits_BV = output.logits[:, -1]
             if not torch.isfinite(logits_BV.amax(-1)).all():
                 raise not_finite(loaded, "next-token logits")

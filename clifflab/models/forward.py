@@ -13,6 +13,7 @@ import torch
 from clifflab.errors import InputError
 from clifflab.models.hooks import capture
 from clifflab.models.loading import LoadedModel
+from clifflab.pulse import beat
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +57,7 @@ def states_at(
                 raise not_finite(loaded, f"residual states after block {layer}")
             on_states(b, layer, states_ND)
 
+    beat()
     with capture(loaded.blocks, layers, on_block):
         loaded.body(
             input_ids=tokens_BT.to(loaded.device),

@@ -37,6 +37,7 @@ class EventLog:
             model=job.model,
             unit=job.name,
             attempt=result.attempt,
+            began=result.began,
             seconds=result.seconds,
             **where,
             **result.counts,

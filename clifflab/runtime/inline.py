@@ -1,33 +1,63 @@
-"""All jobs in this process, one after the other: for debugging, and as the yardstick of Ray's overhead."""
+"""All work in this process, one task after the other: for debugging, and as the yardstick of Ray's overhead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import time
 
 from clifflab.config import Study
-from clifflab.runtime.work import Job, Result, Worker
+from clifflab.runtime.schedule import Schedule
+from clifflab.runtime.storage import Store
+from clifflab.runtime.work import Worker
 from clifflab.stages import Identities
+
+WORKER = "inline"
 
 
 class InlineRuntime:
-    """Does jobs in order, here."""
+    """Does tasks in order, here."""
 
-    workers = 1
+    places = 1
+    gpus = 0.0
 
-    def __init__(self, study: Study, root: Path, identities: Identities) -> None:
+    def __init__(self, study: Study, store: Store, identities: Identities) -> None:
+        self._store = store
+        self.adopt(study, identities)
+
+    def adopt(self, study: Study, identities: Identities) -> None:
+        """Work for this study from now on."""
         import torch
 
-        self._worker = Worker(study, root, identities, gpu_ids=["0"] if torch.cuda.is_available() else [])
+        gpu_ids = ["0"] if torch.cuda.is_available() else []
+        self._worker = Worker(study, self._store, identities, gpu_ids=gpu_ids)
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
-        """Results in the order of the jobs."""
-        for job in jobs:
-            yield self._worker.do(job)
+    def run(self, schedule: Schedule) -> None:
+        """Do everything, the earliest step first.
 
-    def lost(self) -> list[dict[str, object]]:
-        """No worker can be lost without this process."""
-        return []
+        Raises:
+            ClifflabError: What ends the study, and not a model alone.
+        """
+        schedule.open()
+        while True:
+            now = time.monotonic()
+            tasks = schedule.waiting(now) + schedule.waiting(now, together=True)
+            if not tasks:
+                pause = schedule.next_pause(now)
+                if pause is None:
+                    return
+                time.sleep(pause)
+                continue
+            task = min(tasks, key=lambda task: task.order)
+            schedule.take(task)
+            try:
+                result = self._worker.do(task.job)
+            except Exception as error:
+                if len(schedule.models) == 1:
+                    raise  # a bug shows where it is
+                schedule.again(task, error)
+                continue
+            result.where, result.attempt = {"worker": WORKER, **result.where}, task.attempt
+            schedule.done(task, result)
+            schedule.open()
 
     def close(self) -> None:
         """Nothing to end."""

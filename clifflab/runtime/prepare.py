@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from clifflab.config import ModelSpec, Study
 from clifflab.config.inputs import REPAIRED
 from clifflab.data.files import check_source
 from clifflab.data.labels import read_labels
 from clifflab.engines.guard import resolve_guard
-from clifflab.errors import ConfigError, InputError
-from clifflab.models.loading import absolute, load_renderer, resolve_spec
+from clifflab.errors import ClifflabError, ConfigError, InputError
+from clifflab.models.loading import absolute, fetch, load_renderer, resolve_spec
+from clifflab.runtime.schedule import Failure
 
 
 def prepare(study: Study) -> Study:
@@ -16,6 +19,21 @@ def prepare(study: Study) -> Study:
 
     Raises:
         InputError: A prompt source, a model, a guard or the judges' labels are not there.
+    """
+    study, failures = prepare_each(study)
+    if failures:
+        raise failures[0].error
+    return study
+
+
+def prepare_each(study: Study) -> tuple[Study, list[Failure]]:
+    """The same, where a model that cannot be used is no reason to leave the others.
+
+    Returns:
+        The study with all its models, and those of them that cannot be used.
+
+    Raises:
+        InputError: Something is not there that is no model, or none of the models can be used.
     """
     for place, sets in (("prompts", study.prompts), ("repair.corpus", study.repair.corpus)):
         for index, prompt_set in enumerate(sets):
@@ -25,13 +43,48 @@ def prepare(study: Study) -> Study:
     if study.judge.labels:
         read_labels(study.judge.labels, field="judge.labels")
     guard = resolve_guard(study.judge.guard) if study.judge.guard else None
-    study = study.model_copy(update={"models": tuple(absolute(model) for model in study.models)})
-    return study.model_copy(
-        update={
-            "models": with_repaired(study, tuple(resolve_spec(model) for model in study.models)),
-            "judge": study.judge.model_copy(update={"guard": guard}),
-        }
-    )
+    models, failures = list[ModelSpec](), list[Failure]()
+    for model in study.models:
+        try:
+            models.append(resolve_spec(absolute(model)))
+        except ClifflabError as error:
+            failures.append(Failure(model.name, None, None, error))
+            models.append(absolute(model))
+    if len(failures) == len(study.models):
+        raise failures[0].error
+    update = {"models": with_repaired(study, tuple(models)), "judge": study.judge.model_copy(update={"guard": guard})}
+    return study.model_copy(update=update), failures
+
+
+def check_each(study: Study, models: Collection[str | None], note: Callable[[str], None]) -> list[Failure]:
+    """What is wrong with models that are about to be used: files that cannot be read, templates that contradict.
+
+    Args:
+        study: The study, prepared.
+        models: Names of those that are about to be used.
+        note: Told of what takes time.
+    """
+    failures = list[Failure]()
+    for index, spec in enumerate(study.models):
+        if spec.repairs or spec.name not in models:
+            continue
+        try:
+            fetch(spec, note)  # once, here, before several workers want it
+            check_format(index, spec)
+        except ClifflabError as error:
+            failures.append(Failure(spec.name, None, None, error))
+    return failures
+
+
+def without(study: Study, models: Collection[str]) -> Study:
+    """The study without some of its models, those that their repairs make, and those that are compared with them."""
+    gone, kept = set(models), list[ModelSpec]()
+    for model in study.models:
+        if model.name in gone or model.before in gone or model.repairs in gone:
+            gone.add(model.name)
+        else:
+            kept.append(model)
+    return study.model_copy(update={"models": tuple(kept)})
 
 
 def with_repaired(study: Study, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 class Reporter(Protocol):
     """What a run tells while it works."""
 
     def start(self, title: str, total: int, done: int) -> None:
-        """A step begins: ``done`` of ``total`` units are there already."""
+        """A step begins: ``done`` of ``total`` units are there already. Others may be under way."""
         ...
 
-    def advance(self) -> None:
-        """One more unit is done."""
+    def advance(self, title: str) -> None:
+        """One more unit of a step is done."""
         ...
 
-    def finish(self) -> None:
-        """The step is whole."""
+    def finish(self, title: str) -> None:
+        """A step is whole."""
         ...
 
     def abort(self) -> None:
@@ -39,10 +40,10 @@ class Silent:
     def start(self, title: str, total: int, done: int) -> None:
         """Nothing."""
 
-    def advance(self) -> None:
+    def advance(self, title: str) -> None:
         """Nothing."""
 
-    def finish(self) -> None:
+    def finish(self, title: str) -> None:
         """Nothing."""
 
     def abort(self) -> None:
@@ -52,39 +53,55 @@ class Silent:
         """Nothing."""
 
 
+@dataclass
+class _Running:
+    """A step that is under way: its units, since when, and its bar."""
+
+    total: int
+    began: float
+    bar: TaskID | None = None
+
+
 class Terminal:
     """Bars on a terminal, plain lines in a file or a pipe."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
-        self._title, self._total, self._start = "", 0, 0.0
+        self._steps: dict[str, _Running] = {}
 
     def start(self, title: str, total: int, done: int) -> None:
         """Show the step."""
-        self._title, self._total, self._start = title, total, time.monotonic()
-        if self._console.is_terminal:
+        step = self._steps[title] = _Running(total, time.monotonic())
+        if not self._console.is_terminal:
+            return
+        if self._progress is None:
             columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
             self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
             self._progress.start()
-            self._progress.add_task(title, total=max(total, 1), completed=done)
+        step.bar = self._progress.add_task(title, total=max(total, 1), completed=done)
 
-    def advance(self) -> None:
-        """Move the bar."""
-        if self._progress:
-            self._progress.advance(self._progress.task_ids[0])
+    def advance(self, title: str) -> None:
+        """Move the step's bar."""
+        step = self._steps.get(title)
+        if self._progress and step and step.bar is not None:
+            self._progress.advance(step.bar)
 
     def abort(self) -> None:
-        """Take the bar away and give the cursor back."""
+        """Take the bars away and give the cursor back."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
-    def finish(self) -> None:
-        """Replace the bar by a line."""
-        self.abort()
-        seconds = time.monotonic() - self._start
-        self._console.print(f"[green]done[/] {self._title:<24} {self._total:>5} units {seconds:7.1f} s", soft_wrap=True)
+    def finish(self, title: str) -> None:
+        """Replace the step's bar by a line."""
+        step = self._steps.pop(title)
+        if self._progress and step.bar is not None:
+            self._progress.remove_task(step.bar)
+        if not self._steps:
+            self.abort()
+        seconds = time.monotonic() - step.began
+        self._console.print(f"[green]done[/] {title:<24} {step.total:>5} units {seconds:7.1f} s", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line."""

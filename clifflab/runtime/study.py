@@ -3,47 +3,45 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from clifflab.artifacts import (
-    HashCache,
-    code_version,
-    file_hash,
-    locked,
-    package_versions,
-    read_json,
-    remove,
-    write_json,
-    write_text,
-)
+from clifflab.artifacts import code_version, read_json, write_text
 from clifflab.config import Study
-from clifflab.models.loading import fetch
 from clifflab.runtime.events import EventLog
-from clifflab.runtime.prepare import check_format
+from clifflab.runtime.folder import StudyFiles
+from clifflab.runtime.folder import identify as identify
+from clifflab.runtime.folder import plan as plan
+from clifflab.runtime.prepare import check_each, prepare_each, without
 from clifflab.runtime.prepare import prepare as prepare
 from clifflab.runtime.progress import Reporter, Silent
-from clifflab.runtime.work import Job, Result
-from clifflab.stages import STEPS, Context, Identities
-from clifflab.stages.base import Pair, ordered, upstream
+from clifflab.runtime.schedule import Failure, Schedule
+from clifflab.runtime.storage import Store, open_store
+from clifflab.stages import Context, Identities
+from clifflab.stages.base import Pair
 from clifflab.studyfile import dump_study
 
 
 class Runtime(Protocol):
-    """Does jobs somewhere."""
+    """Carries work out somewhere."""
 
-    workers: int
-
-    def run(self, jobs: list[Job]) -> Iterator[Result]:
-        """Results as they come."""
+    @property
+    def places(self) -> int:
+        """How many workers there are places for."""
         ...
 
-    def lost(self) -> list[dict[str, object]]:
-        """Workers lost since the last call."""
+    @property
+    def gpus(self) -> float:
+        """GPUs that there are."""
+        ...
+
+    def run(self, schedule: Schedule) -> None:
+        """Carry a schedule out."""
+        ...
+
+    def adopt(self, study: Study, identities: Identities) -> None:
+        """Work for this study from now on."""
         ...
 
     def close(self) -> None:
@@ -59,11 +57,15 @@ class StudyResult:
         root: Its folder.
         metrics: The content of ``metrics.json``.
         warnings: What a reader of the numbers must know; not empty where a probe could not be trained.
+        failed: Models that have no results, each with ``model, step, unit, error``.
+        address: Where the results are kept, if not in that folder.
     """
 
     root: Path
     metrics: dict[str, Any]
     warnings: list[str]
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    address: str = ""
 
 
 def run(
@@ -71,181 +73,130 @@ def run(
 ) -> StudyResult:
     """Run a study, or what is missing of it.
 
+    A model that cannot be used, or fails on the way, does not stop the others: the result is then theirs, and
+    ``failed`` says what is missing.
+
     Args:
         study: What to measure.
-        out: Parent folder; results go to ``out/<study.name>/``.
+        out: Parent of its folder, a path or an address (``s3://bucket/runs``); results go to ``out/<study.name>/``.
         runtime: ``ray`` or ``inline``; the study's own setting by default.
         reporter: Told of the progress.
 
     Raises:
-        ClifflabError: A user's mistake, in one line.
+        ClifflabError: A user's mistake, in one line; or what the first of the models failed by, where all did.
     """
     reporter = reporter or Silent()
-    study = prepare(study)
-    root = (Path(out) / study.name).absolute()
-    with locked(root):
-        context = identify(study, root)
-        write_text(root / "study.yaml", dump_study(study))
-        todo = plan(context)
-        log = EventLog(root / "events.jsonl")
-        kind = runtime or study.runtime.kind
-        log.write("run_start", driver_pid=os.getpid(), runtime=kind, code=code_version(), steps=len(todo))
-        _sweep(context, todo)
-        if todo:
-            for index, spec in enumerate(context.study.models):  # once, here, before several workers want it
-                fetch(spec, reporter.note)
-                if ("traces", spec.name) in todo:
-                    check_format(index, spec)
-            (root / "manifest.json").unlink(missing_ok=True)
-            for name, model in todo:  # what is about to be computed anew, or follows from it, is no longer whole
-                context.layout.manifest(name, model).unlink(missing_ok=True)
-            _carry_out(context, todo, _start(kind, context), log, reporter)
-        else:
-            reporter.note("everything is whole already: nothing to compute")
-        manifest = _manifest(context)
-        if read_json(root / "manifest.json") != manifest:
-            write_json(root / "manifest.json", manifest)
-        shutil.rmtree(root / ".work", ignore_errors=True)
-        log.write("run_done")
-    metrics = read_json(root / "metrics.json")
+    study, failures = prepare_each(study)
+    store = open_store(str(out), study.name)
+    with store.lock():
+        store.pull()
+        run = _Run(study, store, str(out), runtime or study.runtime.kind, reporter)
+        run.carry_out(failures)
+        store.push()
+    metrics = read_json(store.root / "metrics.json")
     warnings = [f"{name}: {m['probe']['reason']}" for name, m in metrics["models"].items() if m["probe"].get("reason")]
-    return StudyResult(root, metrics, warnings)
+    return StudyResult(store.root, metrics, warnings, told(failures), store.address if store.remote else "")
 
 
-def identify(study: Study, root: Path) -> Context:
-    """The driver's context of a prepared study: its fingerprints are computed here and nowhere else."""
-    hashes = HashCache(root / ".steps" / "hashes.json")
-    context = Context(study, root, Identities.of(study, STEPS, hashes))
-    if root.is_dir():
-        hashes.save()
-    return context
+def told(failures: list[Failure]) -> list[dict[str, Any]]:
+    """Plain data of failures, the first of each model."""
+    return list({failure.model: failure.told() for failure in reversed(failures)}.values())[::-1]
 
 
-def plan(context: Context) -> list[Pair]:
-    """The steps to run, in order: ``(step, model)``; models one after the other.
+@dataclass
+class _Run:
+    """One run of a study; ``study`` names all its models, those that cannot be used too."""
 
-    These are the steps that are not whole, and all that follow from them.
-    """
-    pairs, missing = ordered(context.study, STEPS), set[Pair]()
-    for name, model in pairs:
-        reads = upstream(context.study, STEPS, name, model)
-        stale = any(pair in missing and not STEPS[pair[0]].transient for pair in reads)
-        if stale or not _whole(context, name, model):
-            missing.add((name, model))
-    return [pair for pair in pairs if pair in missing and _needed(pair, missing)]
+    study: Study
+    store: Store
+    out: str
+    kind: str
+    reporter: Reporter
 
+    def __post_init__(self) -> None:
+        self._log = EventLog(self.store.root / "events.jsonl")
 
-def _needed(pair: Pair, missing: set[Pair]) -> bool:
-    """A transient step runs only for a step that is missing."""
-    name, model = pair
-    return not STEPS[name].transient or any((reader, model) in missing for reader in _readers(name))
+    def carry_out(self, failures: list[Failure]) -> None:
+        """Do what is missing; what fails joins the failures."""
+        context = self._identified(failures)
+        write_text(self.store.root / "study.yaml", dump_study(self.study))
+        todo = plan(context)
+        first = {model for step, model in todo if step == "traces"}
+        if first and (more := check_each(context.study, first, self.reporter.note)):
+            failures += more
+            context = self._identified(failures)
+            todo = plan(context)
+        self._log.write(
+            "run_start", driver_pid=os.getpid(), runtime=self.kind, code=code_version(), steps=len(todo),
+            models=[model.name for model in self.study.models], address=self.study.runtime.address,
+        )  # fmt: skip
+        for failure in failures:
+            self._tell(failure)
+        files = StudyFiles(context, self.store)
+        files.begin(todo, {model.name for model in self.study.models} - {model.name for model in context.study.models})
+        try:
+            if todo:
+                context = self._work(context, todo, files, failures)
+            else:
+                self.reporter.note("everything is whole already: nothing to compute")
+        except BaseException as error:
+            self._log.write("run_done", state="failed", failed=told(failures), error=type(error).__name__)
+            self.store.push()
+            raise
+        StudyFiles(context, self.store).end(told(failures))
+        self._log.write("run_done", state="partial" if failures else "done", failed=told(failures))
 
+    def _identified(self, failures: list[Failure]) -> Context:
+        """The context of the models that can be used."""
+        study = without(self.study, {failure.model for failure in failures})
+        if not study.models:
+            raise failures[0].error
+        return identify(study, self.store.root, told(failures))
 
-def _readers(name: str) -> list[str]:
-    return [step.name for step in STEPS.values() if name in step.inputs]
+    def _work(self, context: Context, todo: list[Pair], files: StudyFiles, failures: list[Failure]) -> Context:
+        """Carry the steps out; the context of what the report is about."""
+        runtime = self._start(context)
+        try:
+            self._log.write("workers", gpus=runtime.gpus, places=runtime.places)
+            schedule = Schedule(context, todo, context.study.runtime, files, self._log, self.reporter)
+            runtime.run(schedule)
+            if not schedule.failures:
+                return context
+            for failure in schedule.failures:
+                self._show(failure)
+            failures += schedule.failures
+            context = self._identified(failures)
+            runtime.adopt(context.study, context.identities)
+            files = StudyFiles(context, self.store)
+            rest = Schedule(context, plan(context), context.study.runtime, files, self._log, self.reporter)
+            runtime.run(rest)
+            if rest.failures:
+                raise rest.failures[0].error
+            return context
+        finally:
+            self.reporter.abort()
+            runtime.close()
 
+    def _tell(self, failure: Failure) -> None:
+        self._log.write("model_failed", **failure.told())
+        self._show(failure)
 
-def _carry_out(context: Context, todo: list[Pair], runtime: Runtime, log: EventLog, reporter: Reporter) -> None:
-    try:
-        log.write("workers", count=runtime.workers)
-        for name, model in todo:
-            step = STEPS[name]
-            jobs = [Job(name, model, unit) for unit in step.plan(context, model)]
-            missing = [job for job in jobs if job.unit and not context.part(job.unit).exists()]
-            reporter.start(f"{name} {model or ''}".strip(), len(jobs), len(jobs) - len(missing))
-            log.write("step_start", step=name, model=model, units=len(jobs), missing=len(missing))
-            _do(runtime, missing, log, reporter)
-            merged = _do(runtime, [Job(name, model)], log, reporter)[0]
-            _finish_step(context, name, model, merged.counts)
-            log.write("step_done", step=name, model=model, **merged.counts)
-            reporter.finish()
-    finally:
-        reporter.abort()
-        runtime.close()
+    def _show(self, failure: Failure) -> None:
+        self.reporter.note(f"{failure.model}: {failure.told()['error']} (left out: the other models go on)")
 
+    def _start(self, context: Context) -> Runtime:
+        study, root, identities = context.study, self.store.root, context.identities
+        if self.kind == "inline":
+            from clifflab.runtime.inline import InlineRuntime
 
-def _do(runtime: Runtime, jobs: list[Job], log: EventLog, reporter: Reporter) -> list[Result]:
-    results: list[Result] = []
-    try:
-        for result in runtime.run(jobs):
-            log.result(result)
-            if result.error:
-                raise result.error
-            results.append(result)
-            if result.job.unit:
-                reporter.advance()
-    finally:
-        for loss in runtime.lost():
-            log.write("worker_lost", **loss)
-            reporter.note(
-                f"a worker died at {loss['step']} {loss['unit']} (try {loss['attempt']}): done again elsewhere"
-            )
-    return results
+            return InlineRuntime(study, self.store, identities)
+        from clifflab.runtime.actor import Place
+        from clifflab.runtime.fleet import Fleet
 
-
-def _finish_step(context: Context, name: str, model: str | None, counts: dict[str, Any]) -> None:
-    """Write the step's manifest, then delete the unit files that nothing reads any more."""
-    step, layout = STEPS[name], context.layout
-    manifest = {
-        "fingerprint": context.identity(name, model),
-        "outputs": {str(path.relative_to(layout.root)): file_hash(path) for path in step.outputs(layout, model)},
-        "counts": counts,
-        "clifflab": code_version(),
-        "python": platform.python_version(),
-        "packages": package_versions(every=True),
-    }
-    write_json(layout.manifest(name, model), manifest)
-    done = [] if step.transient else [name]
-    done += [i for i in step.inputs if STEPS[i].transient and all(_whole(context, r, model) for r in _readers(i))]
-    for finished in done:
-        shutil.rmtree(layout.all_parts(finished, model), ignore_errors=True)
-
-
-def _sweep(context: Context, todo: list[Pair]) -> None:
-    """Remove what a killed run left: temporary files, and unit files of steps that will not run."""
-    root = context.layout.root
-    for path in list(root.rglob(".*.tmp")):
-        remove(path)
-    wanted = {context.layout.parts(name, model, context.identity(name, model)) for name, model in todo}
-    for folder in root.glob(".work/*/*/*"):
-        if folder not in wanted:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _whole(context: Context, name: str, model: str | None) -> bool:
-    """Whether a step's manifest has today's fingerprint and its files are what it says, byte for byte."""
-    layout, step = context.layout, STEPS[name]
-    manifest = read_json(layout.manifest(name, model))
-    if not manifest or step.transient or manifest["fingerprint"] != context.identity(name, model):
-        return False
-    files = {layout.root / path: digest for path, digest in manifest["outputs"].items()}
-    return all(path.is_file() and file_hash(path) == digest for path, digest in files.items())
+        place = Place(str(root.parent) if not self.store.remote else self.out, package_folder())
+        return Fleet(study, place, root, identities, self._log, self.reporter)
 
 
-def _start(kind: str, context: Context) -> Runtime:
-    study, root, identities = context.study, context.layout.root, context.identities
-    if kind == "inline":
-        from clifflab.runtime.inline import InlineRuntime
-
-        return InlineRuntime(study, root, identities)
-    from clifflab.runtime.actors import ActorRuntime
-
-    return ActorRuntime(study, root, identities)
-
-
-def _manifest(context: Context) -> dict[str, Any]:
-    """Everything that a result can be traced to, as it was when each step was computed. Written last."""
-    study, identities = context.study, context.identities
-    pairs = ordered(study, STEPS)
-    read = {f"{m or '_study'}/{n}": read_json(context.layout.manifest(n, m)) for n, m in pairs}
-    steps = {name: manifest for name, manifest in read.items() if manifest}
-    return {
-        "study": study.name,
-        "seed": study.seed,
-        "config": {k: v for k, v in study.model_dump(mode="json").items() if k != "runtime"},
-        "models": identities.models,
-        "reads": identities.reads,
-        "sources": {p.name: digest for p, digest in zip(study.prompts, identities.sources, strict=True)},
-        "files": {path: digest for manifest in steps.values() for path, digest in manifest["outputs"].items()},
-        "steps": {name: {k: v for k, v in manifest.items() if k != "outputs"} for name, manifest in steps.items()},
-    }
+def package_folder() -> str:
+    """Folder of the files that were sent with the study, where this process is a submitted job."""
+    return os.getcwd() if os.environ.get("CLIFFLAB_PACKAGE") else ""

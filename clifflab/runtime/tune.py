@@ -145,11 +145,11 @@ class Progress:
             self._started = True
         elif kind == "step" and entry["step"] > self._step:  # steps may be done again after a failure
             self._step = entry["step"]
-            self._reporter.advance()
+            self._reporter.advance(self._title)
         elif kind == "validation":
             self._reporter.note(f"epoch {entry['epoch']}: held-out loss {entry['loss']:.4f}")
 
     def close(self) -> None:
         """It ended well."""
         if self._started:
-            self._reporter.finish()
+            self._reporter.finish(self._title)

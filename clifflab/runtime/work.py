@@ -12,6 +12,7 @@ from typing import Any
 from clifflab.artifacts import output_error
 from clifflab.config import Study
 from clifflab.errors import ClifflabError, InputError
+from clifflab.runtime.storage import Store
 from clifflab.stages import STEPS, Context, Identities, Unit
 from clifflab.stages.base import GangStep
 from clifflab.tuning.group import Group
@@ -44,6 +45,7 @@ class Result:
         loads: Models that the worker loaded for it.
         error: A user's error that ended the job.
         attempt: Which try this was.
+        began: When, in seconds since the epoch.
     """
 
     job: Job
@@ -53,6 +55,7 @@ class Result:
     loads: list[dict[str, Any]] = field(default_factory=list)
     error: ClifflabError | None = None
     attempt: int = 1
+    began: float = 0.0
 
 
 class Worker:
@@ -60,7 +63,7 @@ class Worker:
 
     Args:
         study: The study, resolved.
-        root: Folder of its results.
+        store: Its files.
         identities: Its fingerprints.
         node: Name of the node; the host's name by default.
         gpu_ids: GPUs that this worker may use.
@@ -69,12 +72,13 @@ class Worker:
     def __init__(
         self,
         study: Study,
-        root: Path,
+        store: Store,
         identities: Identities,
         node: str | None = None,
         gpu_ids: list[str] | None = None,
     ) -> None:
-        self.context = Context(study, root, identities)
+        self._store = store
+        self.context = Context(study, store.root, identities)
         self.where = {"node": node or socket.gethostname(), "pid": os.getpid(), "gpu_ids": gpu_ids or []}
 
     def do(self, job: Job, group: Group | None = None, listen: Listen | None = None) -> Result:
@@ -88,7 +92,7 @@ class Worker:
         import torch
         from threadpoolctl import threadpool_limits
 
-        result = Result(job, self.where)
+        result = Result(job, self.where, began=round(time.time(), 3))
         start = time.monotonic()
         threads, before = self.context.study.runtime.threads, torch.get_num_threads()
         self.context.loads.clear()

@@ -14,7 +14,7 @@ from clifflab.config import ModelSpec, Study
 from clifflab.engines.guard import guard_identity
 from clifflab.science.judges import Exchange
 from clifflab.stages.ablation_figures import ablation_figures
-from clifflab.stages.base import Context, Layout, Step, Unit, chunks
+from clifflab.stages.base import GUARD, Context, Layout, Step, Unit, chunks
 from clifflab.stages.duplicates import group_clusters
 from clifflab.stages.guard import write_verdicts
 
@@ -43,6 +43,10 @@ class AblationStep(Step):
     def reads(self, study: Study, file_hash: Callable[[Path], str]) -> Any:
         """The guard's files, by content."""
         return guard_identity(study.judge.guard, file_hash) if study.judge.guard else None
+
+    def needs(self, context: Context, unit: Unit | None, model: str | None) -> str | None:
+        """The guard."""
+        return GUARD if unit else None
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """The table of all conditions, the figures, and the guard's verdicts."""

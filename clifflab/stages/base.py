@@ -6,6 +6,7 @@ files in the plan's order. Nothing here knows on how many workers units run.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from abc import ABC, abstractmethod
@@ -21,11 +22,13 @@ from clifflab.data.files import source_hash
 if TYPE_CHECKING:
     from clifflab.engines.guard import GuardJudge
     from clifflab.models.loading import LoadedModel
+    from clifflab.text.render import Renderer
     from clifflab.tuning.group import Group
     from clifflab.tuning.loop import Listen
 
 T = TypeVar("T")
 CORPUS, REPAIR = "corpus", "repair"  # folders of a model's results
+GUARD = "(guard)"  # among models in memory; no model can have this name
 Pair = tuple[str, str | None]
 
 
@@ -79,15 +82,23 @@ class Identities:
         models: What each model is.
         sources: Hash of each prompt set's source.
         reads: What else each step reads, by content (see :meth:`Step.reads`).
+        failed: Models that were left out, for the report: ``model, step, unit, error``.
     """
 
     steps: dict[Pair, str]
     models: dict[str, dict[str, Any]]
     sources: list[str]
     reads: dict[str, Any] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, study: Study, steps: Mapping[str, Step], file_hash: Callable[[Path], str]) -> Identities:
+    def of(
+        cls,
+        study: Study,
+        steps: Mapping[str, Step],
+        file_hash: Callable[[Path], str],
+        failed: Sequence[dict[str, Any]] = (),
+    ) -> Identities:
         """Fingerprint a resolved study: settings, inputs, models, seed, code and the packages behind the numbers."""
         from clifflab.models.loading import model_identity
 
@@ -114,9 +125,10 @@ class Identities:
                     "reads": reads.get(name),
                     "code": code_version(),
                     "packages": package_versions(),
+                    **({"failed": list(failed)} if failed and step.tells_failures else {}),
                 }
             )
-        return cls(found, models, sources, reads)
+        return cls(found, models, sources, reads, list(failed))
 
 
 class Context:
@@ -156,16 +168,38 @@ class Context:
 
         config = self.study.judge.guard
         assert config is not None
-        return self._hold("(guard)", lambda: load_guard(config))  # no model can have this name
+        return self._hold(GUARD, lambda: load_guard(config))
+
+    def renderer(self, model: str) -> Renderer:
+        """The model's token ids and text, without its weights."""
+        from clifflab.models.loading import load_renderer
+
+        if model in self._held:
+            held: Renderer = self._held[model].renderer
+            return held
+        return self.once(f"renderer:{model}", [], lambda: load_renderer(self.spec(model)))
 
     def _hold(self, name: str, load: Callable[[], T]) -> T:
         if name not in self._held:
-            self._held.clear()
+            self._let_go()
             start = time.monotonic()
             self._held[name] = load()
-            self.loads.append({"model": name, "seconds": round(time.monotonic() - start, 3)})
+            seconds = round(time.monotonic() - start, 3)
+            self.loads.append({"model": name, "began": round(time.time() - seconds, 3), "seconds": seconds})
         held: T = self._held[name]
         return held
+
+    def _let_go(self) -> None:
+        """Free the memory of the model that was held, and of what was made from it."""
+        import torch
+
+        if not self._held:
+            return
+        self._held.clear()
+        self._kept.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def table(self, path: Path) -> Any:
         """An Arrow table, read once as long as the file stays the same."""
@@ -201,6 +235,9 @@ class Step(ABC):
         suffix: File suffix of a unit's result.
         transient: Its unit files are its result; they are deleted when every step that reads them is whole.
         compares: It reads the results of the model before (``ModelSpec.before``) too.
+        loads: Its units need the model in memory.
+        merge_loads: Its merge does too.
+        tells_failures: It shows which models were left out.
     """
 
     name: str
@@ -209,10 +246,20 @@ class Step(ABC):
     suffix: str = ".parquet"
     transient: bool = False
     compares: bool = False
+    loads: bool = True
+    merge_loads: bool = False
+    tells_failures: bool = False
 
     def applies(self, study: Study, model: ModelSpec | None) -> bool:
         """Whether a study has this step for this model (``None``: at all, for a step of the whole study)."""
         return True
+
+    def needs(self, context: Context, unit: Unit | None, model: str | None) -> str | None:
+        """The model that must be in memory for a unit (``None``: for the merge); ``None`` where it does without.
+
+        A worker that holds no model may do such work, on a machine without a GPU too.
+        """
+        return model if (self.loads if unit else self.merge_loads) else None
 
     @abstractmethod
     def settings(self, study: Study) -> Any:
@@ -229,6 +276,10 @@ class Step(ABC):
     @abstractmethod
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """Its units, in order. Cheap: reads counts, computes nothing."""
+
+    def plan_reads(self, context: Context, model: str | None) -> list[Path]:
+        """Unit files of other steps that planning reads."""
+        return []
 
     @abstractmethod
     def compute(self, context: Context, unit: Unit) -> dict[str, Any]:

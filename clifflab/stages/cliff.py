@@ -27,6 +27,7 @@ class CliffStep(Step):
     """All probes of all layers in one forward pass per batch; only numbers leave the model, never states."""
 
     name = "cliff"
+    merge_loads = True  # whether it has a lens for its opening words
     inputs = ("prompts", "duplicates", "traces", "judge", "probe", "controls")
 
     def settings(self, study: Study) -> Any:

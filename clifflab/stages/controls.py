@@ -39,6 +39,7 @@ NO_WORDS = "no thinking to read words from"
 class ControlsStep(Step):
     """Logistic probes alone; a unit is a handful of refits, all folds, all shuffles, or the bag of words."""
 
+    loads = False
     name = "controls"
     inputs = ("prompts", "duplicates", "traces", "judge", "capture", "probe")
     suffix = ".safetensors"

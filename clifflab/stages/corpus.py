@@ -24,6 +24,7 @@ class CorpusStep(Step):
 
     name = "corpus"
     per_model = False
+    loads = False
     inputs = ("prompts",)
     suffix = ".json"
 

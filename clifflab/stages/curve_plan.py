@@ -152,7 +152,7 @@ def examples(context: Context, model: str, cell: Cell, seed: int) -> Examples:
     """The training examples of one fine-tune with their targets."""
     settings = choice_settings(context.study)
     corpus, rules = read_corpus(context, model), rules_of(settings)
-    library, check = read_library(context, model), check_of(context.loaded(model).renderer)
+    library, check = read_library(context, model), check_of(context.renderer(model))
     chosen, made = with_targets(
         lambda without: choose(corpus, cell.selector, cell.budget, settings, seed, without),
         lambda choice: make_targets(choice, library, context.study.repair.targets, rules, seed, check),

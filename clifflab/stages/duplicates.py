@@ -29,6 +29,7 @@ class DuplicatesStep(Step):
 
     name = "duplicates"
     per_model = False
+    loads = False
     inputs = ("prompts",)
 
     def settings(self, study: Study) -> Any:

@@ -64,6 +64,12 @@ class EvaluateStep(Step):
         """The multiple-choice sets, by content."""
         return {spec.name: source_hash(spec.path) for spec in study.repair.evaluate.choices} or None
 
+    def needs(self, context: Context, unit: Unit | None, model: str | None) -> str | None:
+        """The model of the unit's side."""
+        if unit is None or model is None:
+            return None
+        return model_before(context, model) if unit.payload["side"] == BEFORE else model
+
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """Every trace before and after, and the figures."""
         return [layout.folder(model) / "evaluation.parquet", layout.folder(model) / "evaluation.json"]

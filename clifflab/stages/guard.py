@@ -17,7 +17,7 @@ from clifflab.data.labels import Labels, read_labels
 from clifflab.engines.guard import guard_identity, guard_name
 from clifflab.science.agreement import Agreement
 from clifflab.science.judges import Exchange, RuleJudge, Verdict, answers
-from clifflab.stages.base import Context, Layout, Step, Unit, chunks
+from clifflab.stages.base import GUARD, Context, Layout, Step, Unit, chunks
 
 _LABELS = "labels"
 _UNMEASURED = "not measured: set judge.labels"
@@ -58,6 +58,10 @@ class GuardStep(Step):
             "guard": guard_identity(guard, file_hash) if guard else None,
             "labels": source_hash(labels) if labels else None,
         }
+
+    def needs(self, context: Context, unit: Unit | None, model: str | None) -> str | None:
+        """The guard."""
+        return GUARD if unit else None
 
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """The guard's verdicts, and the judges' agreement with labels."""

@@ -106,7 +106,7 @@ class HeadsStep(Step):
         exact = _exact(context, self.plan(context, model), swept, len(estimates.heads_per_layer))
         search = Search.of(context, model, estimates, swept, exact)
         write_parquet(out, pa.Table.from_pylist(search.rows(), schema=tables.HEADS))
-        decode = context.loaded(model).renderer.decode
+        decode = context.renderer(model).decode
         write_json(out_json, head_figures(search, decode))
         return {"heads": len(swept), "suppression": len(search.suppression(context.study.heads.positions[0]))}
 

@@ -24,6 +24,8 @@ class JudgeStep(Step):
         branch: Whose traces: those of the study, or those of its ``corpus``.
     """
 
+    loads = False
+
     def __init__(self, branch: str = "") -> None:
         self.branch = branch
         self.name = f"{branch}_judge" if branch else "judge"

@@ -31,6 +31,7 @@ PROBES = tuple((positions, estimator) for positions in TRAIN_POSITIONS for estim
 class ProbeStep(Step):
     """Fits both estimators at both kinds of positions; a unit is one layer."""
 
+    loads = False
     name = "probe"
     inputs = ("duplicates", "traces", "judge", "capture")
     suffix = ".safetensors"
@@ -42,6 +43,10 @@ class ProbeStep(Step):
     def outputs(self, layout: Layout, model: str | None) -> list[Path]:
         """Weights, and all about them."""
         return [layout.folder(model) / "probes.safetensors", layout.folder(model) / "probes.json"]
+
+    def plan_reads(self, context: Context, model: str | None) -> list[Path]:
+        """The first captured batch names the layers."""
+        return [context.part(unit) for unit in CaptureStep().plan(context, model)[:1]]
 
     def plan(self, context: Context, model: str | None) -> list[Unit]:
         """One unit a layer; none where there are too few examples."""
@@ -111,7 +116,7 @@ class ProbeStep(Step):
             figures = [layer[key] for layer in layers]
             reported = choose_layer([figure["validation"]["auroc"] for figure in figures])
             about["probes"][key] = {"reported_layer": reported, "layers": figures}
-        about["template_hash"] = context.loaded(model).renderer.template_hash
+        about["template_hash"] = context.renderer(model).template_hash
         write_safetensors(out, {name: torch.stack(parts) for name, parts in tensors.items()}, {"trained": "true"})
         write_json(out_json, about)
         return {"probes": len(PROBES) * len(units)}

@@ -21,6 +21,7 @@ class PromptsStep(Step):
 
     name = "prompts"
     per_model = False
+    loads = False
     suffix = ".json"
 
     def settings(self, study: Study) -> Any:

@@ -20,6 +20,8 @@ class ReportStep(Step):
 
     name = "report"
     per_model = False
+    loads = False
+    tells_failures = True
     inputs = (
         "prompts", "duplicates", "traces", "judge", "guard", "probe", "controls", "cliff", "truncation", "heads",
         "head_sets", "ablation", "select", "tune", "curve", "evaluate",

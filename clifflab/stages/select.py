@@ -28,6 +28,7 @@ from clifflab.text.render import Messages, Renderer
 class SelectStep(Step):
     """Nothing but a merge: a study's corpus fits in memory, and choosing takes seconds."""
 
+    loads = False
     name = "select"
     inputs = ("corpus", "corpus_traces", "corpus_judge", "corpus_guard", "corpus_cliff")
 

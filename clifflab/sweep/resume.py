@@ -22,6 +22,7 @@ from clifflab.models.forward import not_finite, split_on_oom
 from clifflab.models.heads import Head, HeadMap
 from clifflab.models.intervene import Intervention, chosen_masks
 from clifflab.models.loading import LoadedModel
+from clifflab.pulse import beat
 from clifflab.sweep.attention import UnsupportedAttentionError
 from clifflab.sweep.clean import CleanPass, changed_heads, clean_pass
 from clifflab.sweep.types import Meter, Positions, SweepTrace, Swept
@@ -152,6 +153,7 @@ def _batch(
     first = min(join_at)
     states_RCD, joined = base.entering[first][:extra], 0
     for layer in range(first, last + 1):
+        beat()
         joining = sum(1 for at in join_at[joined:] if at == layer)
         if joining:
             # A new row is the unchanged model up to here: as it is in this batch, where it runs beside.

@@ -17,6 +17,7 @@ import torch
 
 from clifflab.config import TuneConfig
 from clifflab.errors import ClifflabError, InputError, shorten
+from clifflab.pulse import beat
 from clifflab.tuning.batches import check_workers, epoch_steps, micro_batches, share_out, steps_per_epoch
 from clifflab.tuning.examples import Example
 from clifflab.tuning.forward import check_packing, example_losses, make_batch
@@ -198,6 +199,7 @@ class _Training:
         return entry
 
     def _losses(self, forward: Any, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        beat()
         batch = make_batch(examples, self.data.pad_id, self.device, packed=self.packed)
         with _precision(self.model):
             return example_losses(forward, self.model, batch)

@@ -1,0 +1,151 @@
+"""Places on a cluster's machines, and the actors that sit in them: one placement group each, pinned to its machine.
+
+The driver keeps the account of what it holds of every machine; what others hold shows as a place that does not come.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clifflab.runtime.schedule import Task
+
+_LOOK = 2.0  # seconds between two looks at the machines
+_BLOCKED = 30.0  # seconds for which a machine whose place did not come is left alone
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass
+class Node:
+    """A machine of the cluster, or one that is gone.
+
+    Attributes:
+        id: Ray's name of it.
+        cpus: Its cores.
+        gpus: Its GPUs.
+        alive: Whether it is there.
+        blocked: Not to be asked for places before.
+    """
+
+    id: str
+    cpus: float
+    gpus: float
+    alive: bool = True
+    blocked: float = 0.0
+
+
+@dataclass
+class Seat:
+    """A place that the driver holds, and the worker in it.
+
+    Attributes:
+        node: The machine.
+        kind: ``model`` for work with a model, ``cpu`` for work without one beside GPUs.
+        gpus: GPUs of it, or a share of one.
+        cpus: Cores of it.
+        key: The model that it holds, or is meant for.
+        id: Name in the event log.
+        seen: Models that its worker loaded.
+        task: What it is at.
+        ref: The answer that is waited for: of the start, or of the task.
+        since: When it began to wait for a task; or for the answer.
+        moved: When it was last seen to make progress.
+        beats: Its count of progress then.
+        pulse: A question about it that is not answered.
+        asked: When it was asked.
+        leaving: It gets no more tasks.
+    """
+
+    node: str
+    kind: Literal["model", "cpu"]
+    gpus: float
+    cpus: float
+    key: str | None
+    group: Any
+    actor: Any
+    ref: Any
+    id: str = field(default_factory=lambda: secrets.token_hex(3))
+    started: bool = False
+    seen: set[str] = field(default_factory=set)
+    task: Task | None = None
+    since: float = field(default_factory=time.monotonic)
+    moved: float = 0.0
+    beats: int = -1
+    pulse: Any = None
+    asked: float = 0.0
+    leaving: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a task."""
+        return self.started and self.task is None
+
+
+class Nodes:
+    """The machines, and what is free on them by the driver's own account."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self._next = 0.0
+
+    def look(self, now: float) -> list[str]:
+        """Ask Ray again, at most every two seconds; ids of machines that are gone since the last look."""
+        import ray
+
+        if now < self._next:
+            return []
+        self._next = now + _LOOK
+        gone = []
+        there = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        for name, node in there.items():
+            resources = node["Resources"]
+            if name not in self._nodes:
+                self._nodes[name] = Node(name, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        for name, known in self._nodes.items():
+            if known.alive and name not in there:
+                known.alive = False
+                gone.append(name)
+        return gone
+
+    @property
+    def alive(self) -> list[Node]:
+        """Those that are there."""
+        return [node for node in self._nodes.values() if node.alive]
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all."""
+        return sum(node.gpus for node in self.alive)
+
+    @property
+    def cpus(self) -> float:
+        """Cores of all."""
+        return sum(node.cpus for node in self.alive)
+
+    def block(self, name: str, now: float) -> None:
+        """A place on it did not come: others hold it."""
+        if name in self._nodes:
+            self._nodes[name].blocked = now + _BLOCKED
+
+    def free(self, node: Node, held: Iterable[tuple[str, float, float]]) -> tuple[float, float]:
+        """GPUs and cores of a machine that the driver does not hold.
+
+        Args:
+            node: The machine.
+            held: Node, GPUs and cores of everything that it holds.
+        """
+        mine = [(gpus, cpus) for name, gpus, cpus in held if name == node.id]
+        return node.gpus - sum(gpus for gpus, _ in mine), node.cpus - sum(cpus for _, cpus in mine)
+
+    def spot(self, gpus: float, cpus: float, held: list[tuple[str, float, float]], now: float) -> str | None:
+        """The machine for a new place: where it leaves least over, so that large places stay whole."""
+        fitting = []
+        for node in self.alive:
+            free_gpus, free_cpus = self.free(node, held)
+            if node.blocked <= now and free_gpus >= gpus - 1e-6 and free_cpus >= cpus - 1e-6:
+                left = (free_gpus - gpus, free_cpus - cpus) if gpus else (free_gpus, -free_cpus)
+                fitting.append((*left, node.id))
+        return min(fitting)[2] if fitting else None
