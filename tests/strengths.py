@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from clifflab.organism import planted_path
 
-STRENGTHS = {"full": 1.0, "strong": 0.85, "medium": 0.7, "weak": 0.5, "faint": 0.3, "none": 0.0}
+STRENGTHS = {"full": 1.0, "strong": 0.9, "medium": 0.8, "weak": 0.7, "faint": 0.6, "none": 0.0}
 _WEIGHTS = "model.safetensors"
 
 

@@ -41,11 +41,12 @@ def command(
     from clifflab.studyfile import load_study
 
     loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
-    if address is not None:
-        loaded = loaded.model_copy(update={"runtime": at_address(loaded.runtime, address, runtime)})
+    settings = at_address(loaded.runtime, address, runtime)
+    loaded = loaded.model_copy(update={"runtime": settings})
     if dry_run:
         _dry_run(loaded, out)
         return
+    check_reach(settings, runtime)
     from clifflab.cli.closing import print_models
     from clifflab.runtime.progress import Terminal
     from clifflab.runtime.study import run
@@ -59,17 +60,31 @@ def command(
         sys.exit(UNTRAINED)
 
 
-def at_address(settings: RuntimeConfig, address: str, runtime: str | None) -> RuntimeConfig:
-    """Settings that use the running Ray at an address.
+def at_address(settings: RuntimeConfig, address: str | None, runtime: str | None) -> RuntimeConfig:
+    """Settings that use the running Ray at an address, if one is given.
 
     Raises:
         ConfigError: The work would not be done over Ray.
     """
+    if address is None:
+        return settings
     if not address:
         raise ConfigError("--address", address, "is empty", "give host:port, or auto")
     if (runtime or settings.kind) == "inline":
         raise ConfigError("--address", address, "the inline runtime uses no Ray", "add --runtime ray, or leave it out")
     return settings.model_copy(update={"address": address})
+
+
+def check_reach(settings: RuntimeConfig, runtime: str | None = None) -> None:
+    """Ask a running Ray, where one is to be used, before the seconds that models and their libraries take.
+
+    Raises:
+        ClusterError: It cannot be joined.
+    """
+    if settings.address is not None and (runtime or settings.kind) == "ray":
+        from clifflab.runtime.connect import find
+
+        find(settings.address)
 
 
 def find_study(name: str) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clifflab.cli.run import at_address, check_reach
 from clifflab.cli.score_options import check_alone, check_apart, check_used, check_workers, named, place_of, roles
 from clifflab.errors import ConfigError
 
@@ -146,11 +147,9 @@ def command(
     loaded = _study(study)
     job = _job(loaded, model, probes, pattern, given)
     settings = _runtime(loaded, runtime, given)
-    if address is not None:
-        from clifflab.cli.run import at_address
-
-        settings = at_address(settings, address, runtime)
+    settings = at_address(settings, address, runtime)
     check_workers(settings, min_workers, given)
+    check_reach(settings)
     from clifflab.runtime.score import score
     from clifflab.runtime.score_pool import InlinePool, RayPool
     from clifflab.runtime.score_progress import ScoreProgress

@@ -49,7 +49,7 @@ def command(
     """
     from pydantic import ValidationError
 
-    from clifflab.cli.run import at_address
+    from clifflab.cli.run import at_address, check_reach
     from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
     from clifflab.studyfile import parse_section
 
@@ -58,7 +58,8 @@ def command(
         settings = settings.model_copy(update={"workers": workers})
     if runtime == "inline" and settings.workers not in ("auto", 1):
         raise ConfigError("--workers", settings.workers, "go with --runtime ray", "leave one of them out")
-    ray = RuntimeConfig() if address is None else at_address(RuntimeConfig(), address, runtime)
+    ray = at_address(RuntimeConfig(), address, runtime)
+    check_reach(ray, runtime)
     try:
         spec = ModelSpec(
             name="model", path=model, revision=revision, thinking_format=thinking_format, dtype=dtype,  # type: ignore[arg-type]
