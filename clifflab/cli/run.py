@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from clifflab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clifflab.config import RuntimeConfig
 
 UNTRAINED = 3
 
@@ -19,10 +24,12 @@ UNTRAINED = 3
 @click.option(
     "--runtime", type=click.Choice(["ray", "inline"]), help="Ray actors, or this process. [default: the study's]"
 )
+@click.option("--address", metavar="HOST:PORT", help="Use a running Ray (auto: the one on this machine).")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the steps that would run.")
 def command(
-    study: str, overrides: tuple[str, ...], data: str | None, out: str, runtime: str | None, dry_run: bool
-) -> None:
+    study: str, overrides: tuple[str, ...], data: str | None, out: str, runtime: str | None, address: str | None,
+    dry_run: bool,
+) -> None:  # fmt: skip
     """Run the study in STUDY, a YAML file or the name of a shipped one (quickstart, smollm2).
 
     What is whole already is not computed again: the same command continues after an interruption.
@@ -34,9 +41,12 @@ def command(
     from clifflab.studyfile import load_study
 
     loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    settings = at_address(loaded.runtime, address, runtime)
+    loaded = loaded.model_copy(update={"runtime": settings})
     if dry_run:
         _dry_run(loaded, out)
         return
+    check_reach(settings, runtime)
     from clifflab.cli.closing import print_models
     from clifflab.runtime.progress import Terminal
     from clifflab.runtime.study import run
@@ -48,6 +58,33 @@ def command(
         click.echo(f"clifflab: {warning}", err=True)
     if result.warnings:
         sys.exit(UNTRAINED)
+
+
+def at_address(settings: RuntimeConfig, address: str | None, runtime: str | None) -> RuntimeConfig:
+    """Settings that use the running Ray at an address, if one is given.
+
+    Raises:
+        ConfigError: The work would not be done over Ray.
+    """
+    if address is None:
+        return settings
+    if not address:
+        raise ConfigError("--address", address, "is empty", "give host:port, or auto")
+    if (runtime or settings.kind) == "inline":
+        raise ConfigError("--address", address, "the inline runtime uses no Ray", "add --runtime ray, or leave it out")
+    return settings.model_copy(update={"address": address})
+
+
+def check_reach(settings: RuntimeConfig, runtime: str | None = None) -> None:
+    """Ask a running Ray, where one is to be used, before the seconds that models and their libraries take.
+
+    Raises:
+        ClusterError: It cannot be joined.
+    """
+    if settings.address is not None and (runtime or settings.kind) == "ray":
+        from clifflab.runtime.connect import find
+
+        find(settings.address)
 
 
 def find_study(name: str) -> Path:

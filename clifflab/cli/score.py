@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clifflab.cli.run import at_address, check_reach
 from clifflab.cli.score_options import check_alone, check_apart, check_used, check_workers, named, place_of, roles
 from clifflab.errors import ConfigError
 
@@ -107,6 +108,7 @@ def _share(_context: click.Context, _option: click.Parameter, value: float | Non
 @click.option(
     "--runtime", type=click.Choice(["ray", "inline"]), default=None, help="Ray Data, or this process. [default: ray]"
 )
+@click.option("--address", metavar="HOST:PORT", help="Use a running Ray (auto: the one on this machine).")
 @click.option("--overwrite", is_flag=True, help="Throw away what another job wrote to --output.")
 @click.option(
     "--verify",
@@ -116,8 +118,8 @@ def _share(_context: click.Context, _option: click.Parameter, value: float | Non
 @click.option("--rows", "verify_rows", type=click.IntRange(min=1), metavar="N", help="Rows of --verify. [default: 100]")
 def command(
     model: str | None, probes: tuple[str, ...], pattern: str | None, output: str | None, study: str | None,
-    verify: str | None, verify_rows: int | None, runtime: str | None, overwrite: bool, min_workers: int | None,
-    **given: Any,
+    verify: str | None, verify_rows: int | None, runtime: str | None, address: str | None, overwrite: bool,
+    min_workers: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Score every trace of a corpus: where its plateau lies and how deep its cliff is.
 
@@ -145,7 +147,9 @@ def command(
     loaded = _study(study)
     job = _job(loaded, model, probes, pattern, given)
     settings = _runtime(loaded, runtime, given)
+    settings = at_address(settings, address, runtime)
     check_workers(settings, min_workers, given)
+    check_reach(settings)
     from clifflab.runtime.score import score
     from clifflab.runtime.score_pool import InlinePool, RayPool
     from clifflab.runtime.score_progress import ScoreProgress
@@ -154,8 +158,9 @@ def command(
         if settings.kind == "inline":
             found = score(job, place, lambda: InlinePool(settings), ScoreProgress(), overwrite=overwrite)
         else:
-            with RayPool(settings, min_workers) as pool:
-                found = score(job, place, pool.start, ScoreProgress(), overwrite=overwrite)
+            progress = ScoreProgress()
+            with RayPool(settings, min_workers, progress.note) as pool:
+                found = score(job, place, pool.start, progress, overwrite=overwrite)
     _show(found.manifest, found.root, again=found.again)
 
 

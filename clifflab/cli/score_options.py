@@ -89,6 +89,8 @@ def check_workers(settings: RuntimeConfig, min_workers: int | None, given: dict[
                 raise ConfigError(name, value, "does nothing in one process", "leave it out, or use --runtime ray")
     if min_workers is None:
         return
+    if settings.address is not None and settings.workers == "auto":
+        return  # the cluster is counted when it is joined
     auto = settings.workers == "auto"
     most = _places() if isinstance(settings.workers, str) else settings.workers
     if min_workers > most:

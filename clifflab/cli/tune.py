@@ -23,6 +23,7 @@ from clifflab.errors import ConfigError, InputError
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of repair.tune: epochs=3")
 @click.option("--runtime", type=click.Choice(["ray", "inline"]), default="ray", show_default=True)
+@click.option("--address", metavar="HOST:PORT", help="Use a running Ray (auto: the one on this machine).")
 def command(
     model: str,
     revision: str | None,
@@ -34,6 +35,7 @@ def command(
     seed: int,
     overrides: tuple[str, ...],
     runtime: str,
+    address: str | None,
 ) -> None:
     """Fine-tune a model on examples, by default with a LoRA adapter in PEFT's own format.
 
@@ -47,7 +49,8 @@ def command(
     """
     from pydantic import ValidationError
 
-    from clifflab.config import ModelSpec, TuneConfig
+    from clifflab.cli.run import at_address, check_reach
+    from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
     from clifflab.studyfile import parse_section
 
     settings = parse_section(TuneConfig, overrides)
@@ -55,6 +58,8 @@ def command(
         settings = settings.model_copy(update={"workers": workers})
     if runtime == "inline" and settings.workers not in ("auto", 1):
         raise ConfigError("--workers", settings.workers, "go with --runtime ray", "leave one of them out")
+    ray = at_address(RuntimeConfig(), address, runtime)
+    check_reach(ray, runtime)
     try:
         spec = ModelSpec(
             name="model", path=model, revision=revision, thinking_format=thinking_format, dtype=dtype,  # type: ignore[arg-type]
@@ -68,7 +73,9 @@ def command(
 
     place = Path(out).expanduser().absolute()
     try:
-        figures = fit(spec, str(Path(data).expanduser()), place, settings, seed, runtime=runtime, reporter=Terminal())
+        figures = fit(
+            spec, str(Path(data).expanduser()), place, settings, seed, runtime=runtime, ray=ray, reporter=Terminal()
+        )
     except InputError as error:
         if error.field not in ("thinking_format", "models.path"):
             raise

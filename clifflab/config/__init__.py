@@ -6,7 +6,7 @@ Only settings that change results belong to a stage's section; how the work is c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,6 +30,7 @@ from clifflab.config.repair import SelectConfig as SelectConfig
 from clifflab.config.repair import TargetsConfig as TargetsConfig
 from clifflab.config.repair import TuneConfig as TuneConfig
 from clifflab.config.score import ScoreConfig as ScoreConfig
+from clifflab.config.sweep import expand
 
 
 class ReportConfig(Section):
@@ -97,6 +98,11 @@ class Study(Section):
 
     _check_name = field_validator("name")(slug)
 
+    @field_validator("models", mode="before")
+    @classmethod
+    def _sweeps(cls, value: Any) -> Any:
+        return expand(value)
+
     @model_validator(mode="after")
     def _unique_names(self) -> Study:
         for field in ("models", "prompts"):
@@ -104,6 +110,11 @@ class Study(Section):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{field}: the name {twice[0]!r} is used twice; give each its own")
+        folded: dict[str, str] = {}
+        for name in (model.name for model in self.models):
+            if (other := folded.setdefault(name.casefold(), name)) != name:
+                problem = "differ only by case, and are one folder on some disks"
+                raise ValueError(f"models: the names {other!r} and {name!r} {problem}; give each its own")
         asked = {part.name for part in self.prompts}
         if both := next((part.name for part in self.repair.corpus if part.name in asked), None):
             raise ValueError(f"repair.corpus: {both!r} is a set of prompts too; give it another name")

@@ -48,24 +48,27 @@ class Gang:
     nodes: list[str] | None = None
 
 
-def run_gang(body: Body, gang: Gang, runtime: RuntimeConfig, listen: Listen) -> dict[str, Any]:
-    """Let a group do the work; Ray is started here unless it runs already.
+def run_gang(
+    body: Body, gang: Gang, runtime: RuntimeConfig, listen: Listen, note: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Let a group do the work; Ray is joined or started here unless it is ready.
 
     Args:
         body: Called by every worker with its group; what the first one returns is the result, plain data.
         gang: How many they are, and where they keep checkpoints.
-        runtime: How Ray is started.
+        runtime: Where Ray runs, or how it is started.
         listen: Told of what the first worker says. A step may come twice, when it was done again after a failure.
+        note: Told, in a line, what there is to say of a Ray that was joined.
 
     Raises:
         ClifflabError: A user's error that some worker met: never tried again.
         WorkerError: Workers died more often than allowed.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if _LOOPBACK.exists():
+    if _LOOPBACK.exists() and runtime.address is None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # inherited by the workers of a Ray that is started here
     more = gang.workers is not None and gang.workers > (os.cpu_count() or 1)  # the user's choice
-    started = start_ray(runtime.model_copy(update={"workers": gang.workers if more else "auto"}))
+    started = start_ray(runtime.model_copy(update={"workers": gang.workers if more else "auto"}), note)
     import ray
 
     try:

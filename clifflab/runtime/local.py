@@ -1,4 +1,4 @@
-"""A Ray of this process's own: bounded, on the loopback address, asking for a token."""
+"""The Ray that a run uses: one of this process's own (bounded, on loopback, asking for a token), or a running one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clifflab.config import RuntimeConfig
+from clifflab.errors import ClusterError, shorten
 
 
-def start_ray(settings: RuntimeConfig) -> bool:
-    """Start Ray in this process unless it runs already; returns whether it was started here.
+def start_ray(settings: RuntimeConfig, note: Callable[[str], None] | None = None) -> bool:
+    """Make Ray ready in this process: join the one at ``settings.address``, or start one; nothing if it is ready.
 
-    The local cluster has a bounded object store, no dashboard, listens on the loopback address and asks for a token
-    that lives in this process's environment alone.
+    A local cluster has a bounded object store, no dashboard, listens on the loopback address and asks for a token
+    that lives in this process's environment alone. A running one is used as it is.
+
+    Args:
+        settings: Where Ray runs, or how it is started.
+        note: Told, in one line, of a running Ray that asks nobody for a token.
+
+    Returns:
+        Whether this call made it ready, and ``ray.shutdown`` is the caller's.
+
+    Raises:
+        ClusterError: The running Ray cannot be joined; said within seconds.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if settings.address is not None:
+        return _join(settings.address, note)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():
@@ -40,6 +54,35 @@ def start_ray(settings: RuntimeConfig) -> bool:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
+    return True
+
+
+def _join(address: str, note: Callable[[str], None] | None) -> bool:
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            return False
+    from clifflab.runtime import connect
+
+    found = connect.find(address)
+    import ray
+    import ray._raylet
+
+    if found.asks_token:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    # Both were read when Ray was imported, maybe before the environment said what it says now.
+    native: Any = ray._raylet
+    native.Config.initialize("")
+    native.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        with _native_messages_held():
+            ray.init(address=found.address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        problem = f"cannot be joined ({shorten(error)})"
+        raise ClusterError("address", found.address, problem, "see whether it is well: ray status") from error
+    if note and not found.asks_token:
+        note(connect.OPEN_TO_ALL.format(address=found.address))
     return True
 
 

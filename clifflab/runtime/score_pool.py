@@ -57,12 +57,15 @@ class RayPool:
     """A Ray Dataset whose rows are blocks.
 
     Args:
-        settings: How Ray is started, how many actors there are at most.
+        settings: Where Ray runs or how it is started, how many actors there are at most.
         least: Fewest actors; as many as there are at most by default.
+        note: Told, in a line, what there is to say of a Ray that was joined.
     """
 
-    def __init__(self, settings: RuntimeConfig, least: int | None = None) -> None:
-        self._settings, self._least = settings, least
+    def __init__(
+        self, settings: RuntimeConfig, least: int | None = None, note: Callable[[str], None] | None = None
+    ) -> None:
+        self._settings, self._least, self._note = settings, least, note
         self._started = False
 
     def __enter__(self) -> RayPool:
@@ -75,18 +78,19 @@ class RayPool:
             ray.shutdown()
 
     def start(self) -> RayPool:
-        """Start Ray, unless it runs."""
+        """Join or start Ray, unless it is ready."""
         import torch
 
         from clifflab.runtime.local import start_ray
 
         settings = self._settings
-        if torch.cuda.is_available():  # workers are GPUs then, and tasks need cores beside them
+        # Where a Ray is started on GPUs, workers are GPUs, and tasks need cores beside them.
+        if settings.address is None and torch.cuda.is_available():
             settings = settings.model_copy(update={"workers": "auto"})
         # Else Ray ends a worker that waits for a second, where there are more than cores: the next task would import
         # the tokenizer's library anew, which takes longer than the task.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
-        self._started |= start_ray(settings)
+        self._started |= start_ray(settings, self._note)
         return self
 
     def index(self, one: Callable[[Source], SourceIndex], sources: Sequence[Source]) -> list[SourceIndex]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def fit(
     seed: int = 0,
     *,
     runtime: str = "ray",
+    ray: RuntimeConfig | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Tune a model on a file of examples.
@@ -49,6 +51,7 @@ def fit(
         settings: The recipe.
         seed: Of the adapter's weights, the held-out groups and the order of the examples.
         runtime: ``ray`` for one or more workers, ``inline`` for this process.
+        ray: Where Ray runs, or how it is started.
         reporter: Told of the progress.
 
     Returns:
@@ -78,7 +81,7 @@ def fit(
             if runtime == "inline":
                 figures = body(Alone(place / "alone"), progress)
             else:
-                figures = over_ray(body, place, settings, RuntimeConfig(), progress)
+                figures = over_ray(body, place, settings, ray or RuntimeConfig(), progress, note=reporter.note)
         finally:
             reporter.abort()
         progress.close()
@@ -87,7 +90,13 @@ def fit(
 
 
 def over_ray(
-    body: Any, place: Path, settings: TuneConfig, runtime: RuntimeConfig, listen: Listen, threads: int | None = None
+    body: Any,
+    place: Path,
+    settings: TuneConfig,
+    runtime: RuntimeConfig,
+    listen: Listen,
+    threads: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Let ``settings.workers`` workers do a tuning.
 
@@ -98,12 +107,13 @@ def over_ray(
         runtime: How Ray is started, unless it runs already.
         listen: Told of the progress.
         threads: Of each worker on a CPU; by default its share of the cores.
+        note: Told, in a line, what there is to say of a Ray that was joined.
     """
     from clifflab.runtime.gang import Gang, run_gang
 
     workers = None if settings.workers == "auto" else settings.workers
     threads = threads or max(1, (os.cpu_count() or 1) // (workers or 1))
-    return run_gang(body, Gang(place / "ray", workers, threads, settings.max_failures), runtime, listen)
+    return run_gang(body, Gang(place / "ray", workers, threads, settings.max_failures), runtime, listen, note)
 
 
 def _absolute(path: str) -> str:
