@@ -40,10 +40,9 @@ class StudyActor:
         study: The study, resolved by the driver.
         place: Where its files are.
         identities: Its fingerprints.
-        gpus: GPUs that are its own; fewer than Ray knows of where it shares one.
     """
 
-    def __init__(self, study: Study, place: Place, identities: Identities, gpus: float) -> None:
+    def __init__(self, study: Study, place: Place, identities: Identities) -> None:
         import ray
 
         context = ray.get_runtime_context()
@@ -66,12 +65,9 @@ class StudyActor:
 
     def do(self, job: Job) -> Result:
         """Do one job."""
-        from clifflab.runtime.meters import record
 
         self._thread = threading.get_ident()
         result = self._worker.do(job)
-        if result.error is None:
-            record(job.step, job.model, result.counts, result.seconds)
         return result
 
     def progress(self) -> int:

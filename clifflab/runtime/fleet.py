@@ -229,14 +229,14 @@ class Fleet:
         cpus = self._cpus(gpus)
         bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         group = placement_group([bundle], bundle_label_selector=[{NODE_LABEL: node}])
-        actor_class = self._ray.remote(StudyActor).options(
+        actor_class = self._ray.remote(
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=0,
             max_concurrency=1,
             concurrency_groups={WATCH: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
-        )
+        )(StudyActor)
         actor: Any = actor_class.remote(self._study, self._place, self._identities)
         self._seats.append(Seat(node, kind, gpus, cpus, key, group, actor, actor.hello.remote()))
 
