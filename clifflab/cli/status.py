@@ -11,13 +11,14 @@ from typing import Any
 
 import click
 
-from clifflab.errors import InputError
+from clifflab.errors import ClifflabError, InputError
 
 RUNS = Path("runs")
-EXIT_CODES = {"running": 0, "done": 0, "partial": 4}  # anything else is 1
+EXIT_CODES = {"waiting": 0, "running": 0, "done": 0, "partial": 4}  # anything else is 1
+_GOES_ON = ("waiting", "running")
 _BROKEN, _EVERY, _EVERY_ON_A_PIPE = 1, 2.0, 10.0
 
-Look = Callable[[], "dict[str, Any] | None"]
+Look = Callable[[], dict[str, Any]]
 
 
 @click.command("status")
@@ -42,8 +43,7 @@ def command(run: str | None, address: str | None, watch: bool, as_json: bool, au
         sys.exit(_audit(folder, run, as_json))
     if run is None:
         sys.exit(_list(address, as_json))
-    look: Look = _local(folder) if folder else lambda: _from_cluster(run, address)
-    sys.exit(_show(look, run, watch, as_json))
+    sys.exit(_show(_local(folder) if folder else _from_cluster(run, address), watch, as_json))
 
 
 def _folder(run: str) -> Path | None:
@@ -61,15 +61,32 @@ def _local(folder: Path) -> Look:
     return lambda: reader.snapshot(time.time())
 
 
-def _from_cluster(job: str, address: str | None) -> dict[str, Any] | None:
-    """What a job told last; ``None`` where the cluster has none of that name."""
-    from clifflab.runtime.submit.client import find_job, last_status
+def _from_cluster(run: str, address: str | None) -> Look:
+    """What a job's driver told last."""
+    from clifflab.runtime.submit.client import connect, find_job, last_status
 
-    found = find_job(job, address)
-    return None if found is None else last_status(found)
+    try:
+        cluster = connect(address)
+    except ClifflabError as error:
+        if address is not None:
+            raise
+        problem = f"no run of that name is here, and no cluster tells of one ({error})"
+        raise InputError("status", run, problem, "give its folder, or --address URL") from None
+
+    def look() -> dict[str, Any]:
+        job = find_job(cluster, run)
+        return _of_job(job, last_status(cluster, job))
+
+    return look
 
 
-def _show(look: Look, run: str, watch: bool, as_json: bool) -> int:
+def _of_job(job: Any, told: dict[str, Any] | None) -> dict[str, Any]:
+    from clifflab.runtime.status import of_job
+
+    return of_job(told, job.name, job.status, job.exit_code, job.message)
+
+
+def _show(look: Look, watch: bool, as_json: bool) -> int:
     """Print a run's state, once or until it ends; its exit code."""
     from rich.console import Console
     from rich.live import Live
@@ -77,10 +94,6 @@ def _show(look: Look, run: str, watch: bool, as_json: bool) -> int:
     from clifflab.runtime.status import render
 
     snapshot = look()
-    if snapshot is None:
-        raise InputError(
-            "status", run, "there is no such run", "give its folder, a name under ./runs, or a job with --address"
-        )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
     def show(found: dict[str, Any]) -> None:
@@ -91,17 +104,17 @@ def _show(look: Look, run: str, watch: bool, as_json: bool) -> int:
 
     if watch and sys.stdout.isatty() and not as_json:
         with Live(render(snapshot), console=console, auto_refresh=False) as live:
-            while snapshot["state"] == "running":
+            while snapshot["state"] in _GOES_ON:
                 time.sleep(_EVERY)
-                snapshot = look() or snapshot
+                snapshot = look()
                 live.update(render(snapshot), refresh=True)
     else:
         show(snapshot)
         shown = time.monotonic()
-        while watch and snapshot["state"] == "running":
+        while watch and snapshot["state"] in _GOES_ON:
             time.sleep(_EVERY)
-            snapshot = look() or snapshot
-            if snapshot["state"] != "running" or time.monotonic() - shown >= _EVERY_ON_A_PIPE:
+            snapshot = look()
+            if snapshot["state"] not in _GOES_ON or time.monotonic() - shown >= _EVERY_ON_A_PIPE:
                 shown = time.monotonic()
                 show(snapshot)
     return EXIT_CODES.get(snapshot["state"], 1)
@@ -132,10 +145,10 @@ def _list(address: str | None, as_json: bool) -> int:
 
 
 def _all_of_cluster(address: str) -> list[dict[str, Any]]:
-    from clifflab.runtime.submit.client import last_status, list_jobs
+    from clifflab.runtime.submit.client import connect, last_status
 
-    found = [last_status(job) for job in list_jobs(address)]
-    return [snapshot for snapshot in found if snapshot is not None]
+    cluster = connect(address)
+    return [_of_job(job, last_status(cluster, job)) for job in cluster.jobs()]
 
 
 def _audit(folder: Path | None, run: str | None, as_json: bool) -> int:

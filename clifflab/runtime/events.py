@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clifflab.artifacts import output_error
-from clifflab.runtime.work import Result
+
+if TYPE_CHECKING:  # readers of a log need none of what its writers load
+    from clifflab.runtime.work import Result
 
 Listener = Callable[[Mapping[str, Any]], object]
 

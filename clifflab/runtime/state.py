@@ -231,11 +231,9 @@ class RunState:
         return {"step": pair[0], "model": pair[1], "state": own, "units": step.units(), **counts}
 
     def _models(self, steps: list[dict[str, Any]], state: str) -> list[dict[str, Any]]:
-        names = dict.fromkeys([*self._names, *(model for _, model in self._plan), *(s["model"] for s in steps)])
-        found = []
-        for name in [name for name in [*names, *self._failed] if name is not None and name not in found]:
-            found.append(name)
-        return [self._model(name, [step for step in steps if step["model"] == name], state) for name in found]
+        owners = [*self._names, *(model for _, model in self._plan), *(s["model"] for s in steps), *self._failed]
+        names = [name for name in dict.fromkeys(owners) if name is not None]
+        return [self._model(name, [step for step in steps if step["model"] == name], state) for name in names]
 
     def _model(self, name: str, steps: list[dict[str, Any]], state: str) -> dict[str, Any]:
         failure = self._failed.get(name)
@@ -270,13 +268,11 @@ class RunState:
 
     def _eta(self) -> tuple[float | None, int]:
         """Seconds that the begun steps still take, and how many steps that leaves out."""
-        to_come = max(0, (self._total or 0) - len(self._steps)) - self._hopeless()
+        to_come = max(0, (self._total or 0) - len(self._steps))
+        if self._plan:  # steps of failed models will not come
+            to_come = sum(pair not in self._steps and pair[1] not in self._failed for pair in self._plan)
         seconds, untimed = time_left(self._steps, len(self._workers) or self._places)
-        return seconds, max(0, to_come + untimed)
-
-    def _hopeless(self) -> int:
-        """Planned steps of failed models that will not begin any more."""
-        return sum(model in self._failed and (step, model) not in self._steps for step, model in self._plan)
+        return seconds, to_come + untimed
 
     def _worker_entry(self, state: str) -> dict[str, Any]:
         workers = self._workers if state == RUNNING else {}

@@ -38,6 +38,7 @@ class StepState:
         return max(0, self.total - self.before - len(self.done) - len(self.failed))
 
     def units(self) -> dict[str, int]:
+        """How many there are, are done, have failed, and are ready but not finished."""
         done, failed = min(self.total, self.before + len(self.done)), len(self.failed)
         queued = max(0, min(self.left, self.ready - len(self.done) - failed))
         return {"total": self.total, "done": done, "failed": failed, "queued": queued}

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import read_json, write_json
-from clifflab.errors import ClifflabError
+from clifflab.errors import ClifflabError, shorten
 from clifflab.runtime.events import EventReader
-from clifflab.runtime.state import RUNNING, RunState
+from clifflab.runtime.state import RunState
+from clifflab.runtime.state_steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
 from clifflab.runtime.status_view import render as render
 
 PREFIX = "::clifflab-status:: "  # marks a status line among whatever else a job prints
@@ -25,6 +26,7 @@ STATUS, EVENTS, LOCK = "status.json", "events.jsonl", ".lock"
 _WRITE_EVERY = 5.0  # seconds between two writes of status.json
 _LINE_EVERY, _LINE_EVERY_LATER, _FIRST = 10.0, 60.0, 3600.0  # between two lines: in the first hour, and after it
 _MOST_STEPS = 60
+_UNTRAINED, _PARTIAL = 3, 4  # exit codes of a run
 
 
 def write_status(root: Path, snapshot: Mapping[str, Any]) -> None:
@@ -61,6 +63,29 @@ def parse_line(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"study", "state"} <= found.keys() else None
 
 
+def of_job(
+    told: Mapping[str, Any] | None, name: str, status: str, exit_code: int | None = None, message: str = ""
+) -> dict[str, Any]:
+    """Where a submitted run stands: what its driver told last, and how its job ended.
+
+    Args:
+        told: The last status line; ``None`` before the first.
+        name: What the job is called.
+        status: The job's, in Ray's words: pending, running, stopped, succeeded, failed.
+        exit_code: Of its driver, once it ended.
+        message: What Ray says of it.
+    """
+    found = dict(told) if told else RunState(name).snapshot(0.0)
+    ended = {"pending": WAITING, "stopped": STOPPED, "succeeded": DONE, "failed": FAILED}.get(status)
+    if ended == FAILED and exit_code in (_PARTIAL, _UNTRAINED):
+        ended = PARTIAL if exit_code == _PARTIAL else DONE
+    if ended and found["state"] in (RUNNING, WAITING):
+        found["state"] = ended
+        if ended == FAILED and not found.get("error"):
+            found["error"] = shorten(message, 300) or None
+    return found
+
+
 class Watcher:
     """Listens to a run's event log: keeps ``status.json`` fresh, and prints status lines where they are asked for.
 
@@ -92,14 +117,14 @@ class Watcher:
     def close(self) -> None:
         """Tell where the run was left, if its end was not told: it was interrupted, or failed by a bug."""
         snapshot = self._state.snapshot(self._clock(), alive=False)
-        if snapshot["state"] == "stopped":
+        if snapshot["state"] == STOPPED:
             self._tell(self._clock(), write=True, line=self._lines, alive=False)
 
     def _tell(self, now: float, *, write: bool, line: bool, alive: bool = True) -> None:
         snapshot = self._state.snapshot(now, alive=alive)
         if write:
             self._written = now
-            with contextlib.suppress(ClifflabError):  # who watches must not end the run
+            with contextlib.suppress(ClifflabError, OSError):  # who watches must not end the run
                 write_status(self._root, snapshot)
         if line:
             self._told = now

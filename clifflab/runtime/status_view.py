@@ -43,7 +43,7 @@ def summary_line(snapshot: Mapping[str, Any]) -> Text:
     if units["failed"]:
         line.append(f", {units['failed']:,} failed")
     if snapshot["state"] == "running":
-        line.append(f", {_left(snapshot)}")
+        line.append(f", time left: {_left(snapshot)}")
     return line
 
 
@@ -195,13 +195,13 @@ def _stands(snapshot: Mapping[str, Any]) -> str:
 
 def _left(snapshot: Mapping[str, Any]) -> str:
     if snapshot["eta_s"] is None:
-        return "time left not known yet"
+        return "not known yet"
     unknown = snapshot["eta_unknown"]
     if unknown and snapshot["eta_s"] < 1:
-        return f"time left not known yet: {unknown} step{'s' if unknown != 1 else ''} to come"
+        return f"not known yet, {unknown} step{'s' if unknown != 1 else ''} to come"
     if not snapshot["eta_at_least"]:
-        return f"about {duration(snapshot['eta_s'])} left"
-    return f"at least {duration(snapshot['eta_s'])} left ({unknown} step{'s' if unknown != 1 else ''} not timed yet)"
+        return f"about {duration(snapshot['eta_s'])}"
+    return f"at least {duration(snapshot['eta_s'])} ({unknown} step{'s' if unknown != 1 else ''} not timed yet)"
 
 
 def _rate(value: float) -> str:
