@@ -18,6 +18,7 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "status": ("clifflab.cli.status", "Where a run stands: models, steps, units, speed, time left."),
         "score": ("clifflab.cli.score", "Score every trace of a corpus of any size, exactly once."),
         "select": ("clifflab.cli.select", "Choose the examples of a repair from scored traces."),
         "tune": ("clifflab.cli.tune", "Fine-tune a model on chosen examples, on one or more workers."),

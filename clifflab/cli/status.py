@@ -1,0 +1,170 @@
+"""``clifflab status``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clifflab.errors import ClifflabError, InputError
+
+RUNS = Path("runs")
+EXIT_CODES = {"waiting": 0, "running": 0, "done": 0, "partial": 4}  # anything else is 1
+_GOES_ON = ("waiting", "running")
+_BROKEN, _EVERY, _EVERY_ON_A_PIPE = 1, 2.0, 10.0
+
+Look = Callable[[], dict[str, Any]]
+
+
+@click.command("status")
+@click.argument("run", metavar="[FOLDER|JOB]", required=False)
+@click.option("--address", metavar="URL", help="Ask the cluster there, such as http://127.0.0.1:8265, for the job.")
+@click.option("--watch", is_flag=True, help="Show it again and again until the run ends.")
+@click.option("--json", "as_json", is_flag=True, help="Everything that is known, as one line of JSON.")
+@click.option("--audit", "audited", is_flag=True, help="A post-mortem from the run's event log.")
+def command(run: str | None, address: str | None, watch: bool, as_json: bool, audited: bool) -> None:
+    """Show where a run stands: models, steps, units done and failed, speed, time left.
+
+    A run is a folder (runs/quickstart), a study's name under ./runs, or a job that was
+    submitted to a cluster. Without one, all runs under ./runs are listed, or with
+    --address those of the cluster.
+
+    \b
+    Exit codes: 0 it runs or is done; 4 some models failed and the rest is done; 1 it failed
+    or stopped, or with --audit broke a rule; 2 there is no such run.
+    """
+    folder = _folder(run) if run and address is None else None
+    if audited:
+        sys.exit(_audit(folder, run, as_json))
+    if run is None:
+        sys.exit(_list(address, as_json))
+    sys.exit(_show(_local(folder) if folder else _from_cluster(run, address), watch, as_json))
+
+
+def _folder(run: str) -> Path | None:
+    """The folder of a run that left something to look at."""
+    from clifflab.runtime.status import RunFolder
+
+    places = (Path(run).expanduser(), RUNS / run)
+    return next((place for place in places if RunFolder.is_one(place)), None)
+
+
+def _local(folder: Path) -> Look:
+    from clifflab.runtime.status import RunFolder
+
+    reader = RunFolder(folder)
+    return lambda: reader.snapshot(time.time())
+
+
+def _from_cluster(run: str, address: str | None) -> Look:
+    """What a job's driver told last."""
+    from clifflab.runtime.submit.client import connect, find_job, last_status
+
+    try:
+        cluster = connect(address)
+    except ClifflabError as error:
+        if address is not None:
+            raise
+        problem = f"no run of that name is here, and no cluster tells of one ({error})"
+        raise InputError("status", run, problem, "give its folder, or --address URL") from None
+
+    def look() -> dict[str, Any]:
+        job = find_job(cluster, run)
+        return _of_job(job, last_status(cluster, job))
+
+    return look
+
+
+def _of_job(job: Any, told: dict[str, Any] | None) -> dict[str, Any]:
+    from clifflab.runtime.status import of_job
+
+    return of_job(told, job.name, job.status, job.exit_code, job.message)
+
+
+def _show(look: Look, watch: bool, as_json: bool) -> int:
+    """Print a run's state, once or until it ends; its exit code."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from clifflab.runtime.status import render
+
+    snapshot = look()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+    def show(found: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(json.dumps(found, ensure_ascii=True))
+        else:
+            console.print(render(found))
+
+    if watch and sys.stdout.isatty() and not as_json:
+        with Live(render(snapshot), console=console, auto_refresh=False) as live:
+            while snapshot["state"] in _GOES_ON:
+                time.sleep(_EVERY)
+                snapshot = look()
+                live.update(render(snapshot), refresh=True)
+    else:
+        show(snapshot)
+        shown = time.monotonic()
+        while watch and snapshot["state"] in _GOES_ON:
+            time.sleep(_EVERY)
+            snapshot = look()
+            if snapshot["state"] not in _GOES_ON or time.monotonic() - shown >= _EVERY_ON_A_PIPE:
+                shown = time.monotonic()
+                show(snapshot)
+    return EXIT_CODES.get(snapshot["state"], 1)
+
+
+def _list(address: str | None, as_json: bool) -> int:
+    """One line a run."""
+    from rich.console import Console
+
+    from clifflab.runtime.status import RunFolder
+    from clifflab.runtime.status_view import summary_line
+
+    if address is not None:
+        snapshots = _all_of_cluster(address)
+    else:
+        folders = sorted(place for place in RUNS.glob("*") if RunFolder.is_one(place))
+        snapshots = [RunFolder(folder).snapshot(time.time()) for folder in folders]
+    if not snapshots:
+        where, remedy = (address or RUNS, "give a run's folder, or --address URL of a cluster")
+        raise InputError("status", where, "there are no runs", remedy)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for snapshot in snapshots:
+        if as_json:
+            click.echo(json.dumps(snapshot))
+        else:
+            console.print(summary_line(snapshot), soft_wrap=True)
+    return 0
+
+
+def _all_of_cluster(address: str) -> list[dict[str, Any]]:
+    from clifflab.runtime.submit.client import connect, last_status
+
+    cluster = connect(address)
+    return [_of_job(job, last_status(cluster, job)) for job in cluster.jobs()]
+
+
+def _audit(folder: Path | None, run: str | None, as_json: bool) -> int:
+    from rich.console import Console
+
+    from clifflab.runtime.audit import audit
+    from clifflab.runtime.audit_view import render_audit
+    from clifflab.runtime.events import read_events
+    from clifflab.runtime.status import EVENTS
+
+    if folder is None or not (folder / EVENTS).is_file():
+        problem = "an audit reads a run's events.jsonl, and there is none"
+        raise InputError("status --audit", run or "", problem, "give the folder of the run's results")
+    found = audit(read_events(folder / EVENTS))
+    if as_json:
+        click.echo(json.dumps(found.as_json()))
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(render_audit(found))
+    return _BROKEN if found.problems() else 0
