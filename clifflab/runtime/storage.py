@@ -19,7 +19,6 @@ from clifflab.runtime.storage_check import left_probe as left_probe
 from clifflab.runtime.storage_check import seen_probes as seen_probes
 from clifflab.runtime.storage_jobs import mirror_job as mirror_job
 from clifflab.runtime.storage_jobs import outputs_of as outputs_of
-from clifflab.runtime.storage_jobs import plan_reads_of as plan_reads_of
 from clifflab.runtime.storage_jobs import reads_of as reads_of
 from clifflab.runtime.storage_mirror import MirrorStore
 from clifflab.runtime.storage_scratch import Scratch

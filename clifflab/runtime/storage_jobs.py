@@ -47,8 +47,10 @@ def mirror_job(
 def reads_of(context: Context, job: Job) -> list[Path]:
     """The files and folders that a job may read, as far as they are there.
 
-    Those are what its step's plan reads (see :func:`plan_reads_of`), and the weights of a repaired model. A merge reads
-    its step's unit files too, and its outputs of before, some of which it may delete; so does a step that a group of
+    These are the results of the study as a whole and of the models that the job is about: its own, the one that is
+    compared with it, the one whose repair makes it, or all for a step of the whole study that reads models' results;
+    weights only of the repair that makes the job's model; and the unit files of transient inputs. A merge reads its
+    step's unit files too, and its outputs of before, some of which it may delete; so does a step that a group of
     workers does, whose checkpoints lie with its unit file.
 
     Args:
@@ -56,44 +58,24 @@ def reads_of(context: Context, job: Job) -> list[Path]:
         job: The job.
     """
     from clifflab.stages import STEPS
-    from clifflab.stages.base import REPAIR, GangStep
+    from clifflab.stages.base import REPAIR, GangStep, upstream
 
-    layout, step, model = context.layout, job.step, job.model
-    found = plan_reads_of(context, step, model)
-    if job.unit is None or isinstance(STEPS[step], GangStep):
-        found.append(layout.parts(step, model, context.identity(step, model)))
-        found += outputs_of(context, step, model)
-    if model and (base := context.study.model(model).repairs):
-        found.append(layout.folder(base, REPAIR))
-    return sorted(set(found))
-
-
-def plan_reads_of(context: Context, step: str, model: str | None) -> list[Path]:
-    """The files and folders that a step's plan may read, as far as they are there.
-
-    These are the results of the study as a whole and of the models that the step is about: its own, the one that is
-    compared with it, the one whose repair makes it, or all for a step of the whole study that reads models' results;
-    and the unit files of transient inputs. No weights.
-
-    Args:
-        context: What the driver or the worker knows.
-        step: Name of the step.
-        model: Name of the model.
-    """
-    from clifflab.stages import STEPS
-    from clifflab.stages.base import REPAIR
-
-    study, layout = context.study, context.layout
-    pairs, models = _closure(study, step, model)
+    study, layout, own, model = context.study, context.layout, STEPS[job.step], job.model
+    models = _models(study, job.step, model)
     found: list[Path] = []
-    for other in STEPS.values():
-        for name in models if other.per_model else [None]:
-            if other.applies(study, study.model(name) if name else None):
+    for step in STEPS.values():
+        for name in models if step.per_model else [None]:
+            if step.applies(study, study.model(name) if name else None):
                 folder = layout.folder(name, REPAIR)
-                found += [p for p in other.outputs(layout, name) if p.parent == folder or folder not in p.parents]
-    for read, name in pairs:
+                found += [p for p in step.outputs(layout, name) if p.parent == folder or folder not in p.parents]
+    for read, name in upstream(study, STEPS, job.step, model):
         if STEPS[read].transient:
             found.append(layout.parts(read, name, context.identity(read, name)))
+    if job.unit is None or isinstance(own, GangStep):
+        found.append(layout.parts(job.step, model, context.identity(job.step, model)))
+        found += outputs_of(context, job.step, model)
+    if model and (base := study.model(model).repairs):
+        found.append(layout.folder(base, REPAIR))
     return sorted(set(found))
 
 
@@ -108,18 +90,18 @@ def outputs_of(context: Context, step: str, model: str | None) -> list[Path]:
     return [*known, more[step]] if step in more else known
 
 
-def _closure(study: Study, step: str, model: str | None) -> tuple[set[tuple[str, str | None]], list[str]]:
-    """All that a step follows from, and the models among them, its own too."""
+def _models(study: Study, step: str, model: str | None) -> list[str]:
+    """The models that a step is about: its own, and those of all that it follows from."""
     from clifflab.stages import STEPS
     from clifflab.stages.base import upstream
 
-    pairs, todo = set[tuple[str, str | None]](), [(step, model)]
+    pairs = {(step, model)}
+    todo = [*pairs]
     while todo:
-        for pair in upstream(study, STEPS, *todo.pop()):
-            if pair not in pairs:
-                pairs.add(pair)
-                todo.append(pair)
-    return pairs, sorted({name for _, name in [*pairs, (step, model)] if name})
+        fresh = set(upstream(study, STEPS, *todo.pop())) - pairs
+        pairs |= fresh
+        todo += fresh
+    return sorted({name for _, name in pairs if name})
 
 
 def _topmost(gone: set[Path], root: Path) -> list[Path]:

@@ -146,8 +146,11 @@ class MirrorStore:
             OutputError: The store refuses.
         """
         with self._guard:
-            name = self._name(place)
             self._lease.check()
+            name = place.relative_to(self.root).as_posix()
+            if not _mirrored(name):  # a temporary file was never sent
+                remove(place)
+                return
             known = [seen for seen in self._seen if seen == name or seen.startswith(f"{name}/")]
             files, folders = self._objects.again(lambda client: client.folder(_parent(name)))
             last = PurePosixPath(name).name
@@ -197,7 +200,7 @@ class MirrorStore:
     def _name(self, place: Path) -> str:
         """A path below the root, with ``/``."""
         name = place.relative_to(self.root).as_posix()
-        if name == "." or not _mirrored(name):
+        if not _mirrored(name):
             raise ValueError(f"{place} is no place of the output's own")
         return name
 
