@@ -1,4 +1,4 @@
-"""Where the input lies: the local disk, buckets, and whatever fsspec reaches.
+"""Where input and output lie: the local disk, buckets, and whatever fsspec reaches.
 
 A path says all that a worker needs to open it. Credentials come from the environment of the process that opens; error
 lines name what was looked for and never a value.
@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from clifflab.errors import InputError, holds_credentials, without_credentials
+from clifflab.errors import InputError, OutputError, UserError, holds_credentials, without_credentials
 
-FIELD = "--input"
+FIELD, OUTPUT = "--input", "output"  # whose path it is, as error lines call it
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 _PATIENCE = 10  # seconds that a bucket may take to answer
 _ATTEMPTS = 3
@@ -42,6 +42,7 @@ _KEEPERS = {  # where a credential belongs
     "gs": "name the file that holds it by GOOGLE_APPLICATION_CREDENTIALS, or log in with gcloud",
     "hf": "set HF_TOKEN, or log in with hf auth login",
 }
+_SIGNATURE = re.compile(r"(?<=Signature=)\w+")
 
 
 def scheme_of(path: str) -> str:
@@ -57,11 +58,11 @@ def local_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def refuse_credentials(path: str) -> None:
+def refuse_credentials(path: str, field: str = FIELD) -> None:
     """Fail where an address holds a credential: it would come to stand in files and messages.
 
     Raises:
-        InputError: It does; says where such a thing belongs, and shows none of it.
+        UserError: It does; says where such a thing belongs, and shows none of it.
     """
     scheme = scheme_of(path)
     if not scheme:
@@ -70,17 +71,18 @@ def refuse_credentials(path: str) -> None:
         return
     default = f"keep it in fsspec's own settings: FSSPEC_{scheme.upper()}_..., or ~/.config/fsspec"
     remedy = _KEEPERS.get("gs" if scheme == "gcs" else scheme, default)
-    raise InputError(FIELD, without_credentials(path), "holds a credential", f"leave it out of the address; {remedy}")
+    shown = without_credentials(path)
+    raise _kind(field)(field, shown, "holds a credential", f"leave it out of the address; {remedy}")
 
 
-def locate(path: str) -> tuple[Any, str]:
+def locate(path: str, field: str = FIELD) -> tuple[Any, str]:
     """The filesystem of a path and the path as that filesystem knows it.
 
     Returns:
         A ``pyarrow.fs.FileSystem`` and a path.
 
     Raises:
-        InputError: The scheme is unknown, or a package that it needs is missing.
+        UserError: The scheme is unknown, or a package that it needs is missing.
     """
     from pyarrow import fs
 
@@ -89,7 +91,13 @@ def locate(path: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), local_path(path)
     rest = path.partition("://")[2].rstrip("/")
     anonymous = rest.startswith("anonymous@")
-    filesystem = _remote(scheme, anonymous)
+    try:
+        filesystem = _remote(scheme, anonymous)
+    except (ImportError, ValueError, OSError) as error:
+        raise _kind(field)(
+            field, f"{scheme}://", f"no such filesystem here ({without_secrets(str(error))})",
+            "use a local path, s3://, gs:// or hf://, or install the fsspec package of this scheme",
+        ) from None  # fmt: skip
     if scheme.startswith("http"):  # whose paths are whole addresses
         return filesystem, path
     return filesystem, rest.removeprefix("anonymous@")
@@ -99,19 +107,13 @@ def locate(path: str) -> tuple[Any, str]:
 def _remote(scheme: str, anonymous: bool) -> Any:
     from pyarrow import fs
 
-    try:
-        if scheme == "s3":
-            return _s3(anonymous)
-        if scheme in ("gs", "gcs"):
-            return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=_PATIENCE))
-        import fsspec
+    if scheme == "s3":
+        return _s3(anonymous)
+    if scheme in ("gs", "gcs"):
+        return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=_PATIENCE))
+    import fsspec
 
-        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
-    except (ImportError, ValueError, OSError) as error:
-        raise InputError(
-            FIELD, f"{scheme}://", f"no such filesystem here ({without_secrets(str(error))})",
-            "use a local path, s3://, gs:// or hf://, or install the fsspec package of this scheme",
-        ) from None  # fmt: skip
+    return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
 
 
 def _s3(anonymous: bool) -> Any:
@@ -128,38 +130,53 @@ def _s3(anonymous: bool) -> Any:
         connect_timeout=_PATIENCE,
         request_timeout=_PATIENCE * 6,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        allow_delayed_open=True,  # a small object is one request, and there or not
     )
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str, field: str = FIELD) -> Iterator[None]:
     """Turn what a filesystem raises into one line about the path.
 
     Raises:
-        InputError: The path cannot be read; for a bucket it names the credential that was looked for.
+        UserError: The path cannot be read, or written to where it is an output; for a bucket it names the credential
+            that was looked for.
     """
     try:
         yield
-    except (InputError, UnicodeError):
+    except (UserError, UnicodeError):
         raise
     except FileNotFoundError as error:
-        raise InputError(FIELD, path, f"no such file or bucket ({_short(error)})", _remedy(path)) from None
+        raise _kind(field)(field, path, f"no such file or bucket ({_short(error)})", _remedy(path)) from None
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, field) from None
     except Exception as error:
-        # fsspec's backends raise errors of their own packages; elsewhere such an error is a bug and stays one.
-        if not scheme_of(path) or isinstance(error, AttributeError | TypeError | LookupError | AssertionError):
+        if not scheme_of(path) or not of_store(error):
             raise
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, field) from None
 
 
-def unreadable(path: str, error: Exception) -> InputError:
-    """The error line for a path that exists and cannot be read, or does not answer."""
+def of_store(error: Exception) -> bool:
+    """Whether a filesystem may raise it: fsspec's backends have errors of their own packages; the rest are bugs."""
+    return not isinstance(error, AttributeError | TypeError | LookupError | AssertionError)
+
+
+def denied(error: Exception) -> bool:
+    """Whether a store refuses who asks, and will when asked again."""
+    return _DENIED.search(str(error)) is not None
+
+
+def unreadable(path: str, error: Exception, field: str = FIELD) -> UserError:
+    """The error line for a path that exists and cannot be read (or written to), or does not answer."""
+    kind, verb = _kind(field), "used" if field == OUTPUT else "read"
     if not scheme_of(path):
-        return InputError(FIELD, path, f"cannot be read ({_short(error)})", "check the file; copy it again if damaged")
-    denied = _DENIED.search(str(error)) is not None
-    problem = f"{'access denied' if denied else 'cannot be read'} ({_short(error)}); looked for {looked_for(path)}"
-    return InputError(FIELD, path, problem, _remedy(path))
+        return kind(field, path, f"cannot be {verb} ({_short(error)})", "check the file; copy it again if damaged")
+    what = "access denied" if denied(error) else f"cannot be {verb}"
+    return kind(field, path, f"{what} ({_short(error)}); looked for {looked_for(path)}", _remedy(path))
+
+
+def _kind(field: str) -> type[UserError]:
+    return OutputError if field == OUTPUT else InputError
 
 
 def looked_for(path: str) -> str:
@@ -191,7 +208,7 @@ def without_secrets(text: str) -> str:
         user = os.environ.get(name, "").rpartition("://")[2].rpartition("@")[0]
         if user:
             text = text.replace(f"{user}@", f"<{name}>@")
-    return text
+    return _SIGNATURE.sub("<signature>", text)
 
 
 def _short(error: Exception) -> str:
