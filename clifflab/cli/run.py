@@ -13,7 +13,7 @@ from clifflab.errors import ConfigError
 if TYPE_CHECKING:
     from clifflab.config import RuntimeConfig
 
-UNTRAINED = 3
+UNTRAINED, PARTIAL = 3, 4
 
 
 @click.command("run")
@@ -36,7 +36,8 @@ def command(
 
     \b
     Exit codes: 0 done; 2 wrong input, one line says which; 3 done, but no probe could
-    be trained on some model; 130 interrupted.
+    be trained on some model; 4 partial: some models failed, one line each says why,
+    and the others are done; 130 interrupted.
     """
     from clifflab.studyfile import load_study
 
@@ -53,9 +54,17 @@ def command(
 
     result = run(loaded, out, runtime=runtime, reporter=Terminal())
     print_models(result.metrics["models"], loaded.heads.fraction)
-    click.echo(f"\nreport   {result.root / 'report.html'}\nmetrics  {result.root / 'metrics.json'}")
+    place = result.address or str(result.root)
+    click.echo(f"\nreport   {place}/report.html\nmetrics  {place}/metrics.json")
     for warning in result.warnings:
         click.echo(f"clifflab: {warning}", err=True)
+    for failure in result.failed:
+        where = f" at {failure['step']}" if failure["step"] else ""
+        click.echo(f"clifflab: {failure['model']}: failed{where}: {failure['error']}", err=True)
+    if result.failed:
+        done, total = len(loaded.models) - len(result.failed), len(loaded.models)
+        click.echo(f"clifflab: partial: {done} of {total} models are done; the same command tries the rest", err=True)
+        sys.exit(PARTIAL)
     if result.warnings:
         sys.exit(UNTRAINED)
 

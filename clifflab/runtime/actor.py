@@ -67,8 +67,7 @@ class StudyActor:
         """Do one job."""
 
         self._thread = threading.get_ident()
-        result = self._worker.do(job)
-        return result
+        return self._worker.do(job)
 
     def progress(self) -> int:
         """A number that grows while work goes on."""

@@ -229,7 +229,8 @@ class Fleet:
         cpus = self._cpus(gpus)
         bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         group = placement_group([bundle], bundle_label_selector=[{NODE_LABEL: node}])
-        actor_class = self._ray.remote(
+        pinned: Any = self._ray.remote  # Ray's stubs know no concurrency groups
+        actor_class = pinned(
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=0,

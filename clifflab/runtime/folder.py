@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class StudyFiles:
 
     def __init__(self, context: Context, store: Store) -> None:
         self._context, self._store = context, store
+        self.shared = not store.remote
 
     def begin(self, todo: list[Pair], spared: set[str]) -> None:
         """Remove what a killed run left, and the manifests of what is about to be computed anew.
@@ -86,7 +88,8 @@ class StudyFiles:
         for path in list(root.rglob(".*.tmp")):
             self._store.remove(path)
         wanted = {layout.parts(name, model, context.identity(name, model)) for name, model in todo}
-        for folder in root.glob(".work/*/*/*"):
+        kept = {root / Path(*path.relative_to(root).parts[:4]) for path in self._store.present(root / ".work")}
+        for folder in kept | set(root.glob(".work/*/*/*")):
             if folder not in wanted and folder.parts[-3] not in spared:
                 self._store.remove(folder)
         if todo:
@@ -97,14 +100,16 @@ class StudyFiles:
     def open(self, pair: Pair) -> None:
         """Bring here what planning a step reads."""
         if self._store.remote:
-            name, model = pair
-            self._store.pull([self._context.layout.all_parts(name, model)])
-            self._store.pull(STEPS[name].plan_reads(self._context, model))
+            self._store.pull(STEPS[pair[0]].plan_reads(self._context, pair[1]))
 
-    def has(self, job: Job) -> bool:
-        """Whether a unit's file is there."""
-        assert job.unit is not None
-        return self._context.part(job.unit).exists()
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """The units of a step whose files are not there."""
+        if not jobs:
+            return []
+        first = jobs[0]
+        identity = self._context.identity(first.step, first.model)
+        there = self._store.present(self._context.layout.parts(first.step, first.model, identity))
+        return [job for job in jobs if job.unit and self._context.part(job.unit) not in there]
 
     def finish(self, pair: Pair, counts: dict[str, Any]) -> None:
         """Write the step's manifest, then delete the unit files that nothing reads any more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ class Task:
         order: Place of its step among all.
         attempt: Which try this is.
         after: Not to be begun before.
+        groups: Whether workers may form groups.
     """
 
     job: Job
@@ -42,6 +43,7 @@ class Task:
     order: int
     attempt: int = 1
     after: float = 0.0
+    groups: bool = True
 
     @property
     def pair(self) -> Pair:
@@ -51,7 +53,7 @@ class Task:
     @property
     def together(self) -> bool:
         """Whether a group of workers does it."""
-        return self.job.unit is not None and isinstance(STEPS[self.job.step], GangStep)
+        return self.groups and self.job.unit is not None and isinstance(STEPS[self.job.step], GangStep)
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,20 @@ class Failure:
 
 
 class Files(Protocol):
-    """What a schedule asks of the study's folder."""
+    """What a schedule asks of the study's folder.
+
+    Attributes:
+        shared: Whether all workers see the same files, as a group of them needs.
+    """
+
+    shared: bool
 
     def open(self, pair: Pair) -> None:
         """Bring here what planning a step reads."""
         ...
 
-    def has(self, job: Job) -> bool:
-        """Whether a unit's file is there."""
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """The units of a step whose files are not there."""
         ...
 
     def finish(self, pair: Pair, counts: dict[str, Any]) -> None:
@@ -119,7 +127,7 @@ class Schedule:
         self._closed: list[Pair] = list(todo)  # not begun
         self._left: dict[Pair, int] = {}  # units of begun steps that are not done; the merge counts as one
         self._queue: list[Task] = []
-        self._poisoned: set[Pair] = set()
+        self._never: set[Pair] = set()  # steps that will not be whole in this run
         self.failures: list[Failure] = []
         self.seconds: dict[Pair, deque[float]] = {}
 
@@ -131,10 +139,11 @@ class Schedule:
         Raises:
             ClifflabError: A step of the whole study cannot be planned.
         """
-        unfinished = set(self._closed) | set(self._left) | self._poisoned
+        unfinished = set(self._closed) | set(self._left) | self._never
         for pair in [p for p in self._closed if not self._reads[p] & unfinished]:
             self._closed.remove(pair)
             if self.failed(pair[1]):
+                self._never.add(pair)
                 continue
             try:
                 self._open(pair)
@@ -147,7 +156,7 @@ class Schedule:
         name, model = pair
         self._files.open(pair)
         jobs = [Job(name, model, unit) for unit in STEPS[name].plan(self._context, model)]
-        missing = [job for job in jobs if not self._files.has(job)]
+        missing = self._files.missing(jobs)
         self._reporter.start(_title(pair), len(jobs), len(jobs) - len(missing))
         self._log.write("step_start", step=name, model=model, units=len(jobs), missing=len(missing))
         self._left[pair] = len(missing) + 1
@@ -156,7 +165,7 @@ class Schedule:
     def _add(self, jobs: list[Job]) -> None:
         for job in jobs:
             key = STEPS[job.step].needs(self._context, job.unit, job.model)
-            self._queue.append(Task(job, key, self._order[job.step, job.model]))
+            self._queue.append(Task(job, key, self._order[job.step, job.model], groups=self._files.shared))
         self._queue.sort(key=lambda task: task.order)  # stable: units stay in their order
         first = jobs[0]
         self._log.write("ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None)
@@ -184,7 +193,7 @@ class Schedule:
     @property
     def over(self) -> bool:
         """Whether nothing waits, and no step can be begun any more; what runs may change that."""
-        unfinished = set(self._closed) | set(self._left) | self._poisoned
+        unfinished = set(self._closed) | set(self._left) | self._never
         ready = any(not self._reads[pair] & unfinished for pair in self._closed)
         return not self._queue and not ready
 
@@ -225,7 +234,7 @@ class Schedule:
             self._files.finish(pair, result.counts)
             self._log.write("step_done", step=pair[0], model=pair[1], **result.counts)
             self._reporter.finish(_title(pair))
-        elif self._left[pair] == 1 and pair not in self._poisoned:
+        elif self._left[pair] == 1 and pair not in self._never:
             self._add([Job(*pair)])
 
     def lost(self, task: Task, reason: str, **about: Any) -> None:
@@ -274,9 +283,9 @@ class Schedule:
         """It fails wherever it is tried. The step's other units are done; it and its model are not."""
         if isinstance(error, OutputError) or task.job.model is None:
             raise error
-        self._poisoned.add(task.pair)
+        self._never.add(task.pair)
         self._note(task, error)
-        self._settle(task.pair)
+        self._left[task.pair] -= 1  # its other units are done, and never merged
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """It would fail wherever it is tried: its model is left, the others go on."""
@@ -285,13 +294,9 @@ class Schedule:
         self._note(task, error)
         group = self.group(task.job.model)
         self._queue = [other for other in self._queue if other.job.model not in group]
+        self._never |= {pair for pair in [*self._closed, *self._left] if pair[1] in group}
         self._closed = [pair for pair in self._closed if pair[1] not in group]
-        for pair in [pair for pair in self._left if pair[1] in group]:
-            del self._left[pair]
-
-    def _settle(self, pair: Pair) -> None:
-        """Units of a step that can never be merged count no longer once none is left."""
-        self._left[pair] -= 1
+        self._left = {pair: left for pair, left in self._left.items() if pair[1] not in group}
 
     def _note(self, task: Task, error: BaseException) -> None:
         job = task.job

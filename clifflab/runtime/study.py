@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from clifflab.artifacts import code_version, read_json, write_text
 from clifflab.config import Study
+from clifflab.errors import shorten
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.folder import StudyFiles
 from clifflab.runtime.folder import identify as identify
@@ -17,6 +18,7 @@ from clifflab.runtime.prepare import check_each, prepare_each, without
 from clifflab.runtime.prepare import prepare as prepare
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.runtime.schedule import Failure, Schedule
+from clifflab.runtime.status import Watcher
 from clifflab.runtime.storage import Store, open_store
 from clifflab.stages import Context, Identities
 from clifflab.stages.base import Pair
@@ -91,8 +93,11 @@ def run(
     with store.lock():
         store.pull()
         run = _Run(study, store, str(out), runtime or study.runtime.kind, reporter)
-        run.carry_out(failures)
-        store.push()
+        try:
+            run.carry_out(failures)
+        finally:
+            run.close()
+            store.push()
     metrics = read_json(store.root / "metrics.json")
     warnings = [f"{name}: {m['probe']['reason']}" for name, m in metrics["models"].items() if m["probe"].get("reason")]
     return StudyResult(store.root, metrics, warnings, told(failures), store.address if store.remote else "")
@@ -114,7 +119,8 @@ class _Run:
     reporter: Reporter
 
     def __post_init__(self) -> None:
-        self._log = EventLog(self.store.root / "events.jsonl")
+        self._watcher = Watcher(self.store.root, self.study.name)
+        self._log = EventLog(self.store.root / "events.jsonl", [self._watcher.add])
 
     def carry_out(self, failures: list[Failure]) -> None:
         """Do what is missing; what fails joins the failures."""
@@ -140,11 +146,15 @@ class _Run:
             else:
                 self.reporter.note("everything is whole already: nothing to compute")
         except BaseException as error:
-            self._log.write("run_done", state="failed", failed=told(failures), error=type(error).__name__)
-            self.store.push()
+            if not isinstance(error, KeyboardInterrupt):
+                self._log.write("run_done", state="failed", failed=told(failures), error=shorten(str(error), 400))
             raise
         StudyFiles(context, self.store).end(told(failures))
         self._log.write("run_done", state="partial" if failures else "done", failed=told(failures))
+
+    def close(self) -> None:
+        """Tell how it was left."""
+        self._watcher.close()
 
     def _identified(self, failures: list[Failure]) -> Context:
         """The context of the models that can be used."""

@@ -12,7 +12,7 @@ from typing import Any
 from clifflab.artifacts import output_error
 from clifflab.config import Study
 from clifflab.errors import ClifflabError, InputError
-from clifflab.runtime.storage import Store
+from clifflab.runtime.storage import Store, mirror_job, reads_of
 from clifflab.stages import STEPS, Context, Identities, Unit
 from clifflab.stages.base import GangStep
 from clifflab.tuning.group import Group
@@ -99,13 +99,8 @@ class Worker:
         try:
             torch.set_num_threads(threads)
             with threadpool_limits(threads):
-                step = STEPS[job.step]
-                if job.unit and isinstance(step, GangStep):
-                    result.counts = step.compute_together(self.context, job.unit, group, listen)
-                elif job.unit:
-                    result.counts = step.compute(self.context, job.unit)
-                else:
-                    result.counts = step.merge(self.context, job.model)
+                reads = reads_of(self.context, job) if self._store.remote else []
+                result.counts = mirror_job(self._store, reads, lambda: self._compute(job, group, listen))
         except ClifflabError as error:
             result.error = error
         except torch.OutOfMemoryError as error:
@@ -120,3 +115,11 @@ class Worker:
         result.loads = list(self.context.loads)
         result.seconds = round(time.monotonic() - start, 3)
         return result
+
+    def _compute(self, job: Job, group: Group | None, listen: Listen | None) -> dict[str, Any]:
+        step = STEPS[job.step]
+        if job.unit and isinstance(step, GangStep):
+            return step.compute_together(self.context, job.unit, group, listen)
+        if job.unit:
+            return step.compute(self.context, job.unit)
+        return step.merge(self.context, job.model)
