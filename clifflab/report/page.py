@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from clifflab.config import Study
+from clifflab.errors import shorten
 from clifflab.report.blocks import Packed, Section, pack
 from clifflab.report.comparison import comparison_section, model_title
 from clifflab.report.contamination import duplicates_section
@@ -29,12 +30,14 @@ class StudyResults:
     Attributes:
         study: The study.
         metrics: Content of ``metrics.json``.
-        models: What :func:`draw_model` found of each model, by name.
+        models: What :func:`draw_model` found of each model, by name; those that failed are not among them.
+        failed: Models that could not be finished: ``model``, ``step`` (or ``None``) and ``error`` of each.
     """
 
     study: Study
     metrics: dict[str, Any]
     models: dict[str, dict[str, Any]]
+    failed: Sequence[Mapping[str, Any]] = ()
 
 
 def draw_model(results: ModelResults, number: int) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -79,6 +82,8 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
         .get_template("report.html.j2")
         .render(
             study=study,
+            missing=missing_models(results.failed),
+            asked=len(study.models),
             findings=[_finding(results, name) for name in results.models],
             unchecked=unchecked(keys),
             keys=keys,
@@ -94,6 +99,20 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
     )
 
 
+def missing_models(failed: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The notice of models that are missing: name, step and reason of each, as text of one line.
+
+    Args:
+        failed: See :class:`StudyResults`; of a model that is named more than once the first entry counts.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for entry in failed:
+        model = shorten(entry.get("model") or "", 80)
+        step, why = shorten(entry.get("step") or "", 60), shorten(entry.get("error") or "no reason was given", 600)
+        found.setdefault(model, {"model": model, "step": step, "why": why})
+    return list(found.values())
+
+
 def _finding(results: StudyResults, name: str) -> dict[str, str]:
     """What was found on one model, for the top of the page."""
     study, summaries = results.study, results.metrics["models"]
@@ -101,7 +120,7 @@ def _finding(results: StudyResults, name: str) -> dict[str, str]:
     found = {"heads": "", "repair": ""}
     if spec.repairs or (spec.before and summaries[name].get("evaluation")):
         before = spec.before or spec.repairs or ""
-        return {**found, **later_finding(name, before, summaries[before], summaries[name]), "before": before}
+        return {**found, **later_finding(name, before, summaries.get(before, {}), summaries[name]), "before": before}
     found |= finding(name, summaries[name], results.models[name]["labels"], study.heads.fraction)
     made = any(other.repairs == name for other in study.models)
     told = ["" if made else repair_sentence(summaries[name]), curve_sentence(summaries[name])]

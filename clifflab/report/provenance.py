@@ -18,7 +18,7 @@ def provenance(study: Study, identities: Identities, templates: dict[str, str]) 
     Args:
         study: The study, resolved.
         identities: Its fingerprints, models and sources.
-        templates: Hash of each model's chat template and thinking format.
+        templates: Hash of each model's chat template and thinking format; a model that failed may have none.
     """
     settings = study.model_dump(mode="json", exclude={"runtime"}, exclude_none=True)
     judge, repair = settings["judge"], settings["repair"]
@@ -38,7 +38,8 @@ def provenance(study: Study, identities: Identities, templates: dict[str, str]) 
     models = []
     for name, identity in identities.models.items():
         facts = {k: v for k, v in identity.items() if k != "name" and v not in (None, False)}
-        models.append({"name": name, "facts": {**facts, "chat template": templates[name]}})
+        template = {"chat template": templates[name]} if name in templates else {}
+        models.append({"name": name, "facts": {**facts, **template}})
     return {
         "version": code_version(),
         "seed": study.seed,

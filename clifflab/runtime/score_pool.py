@@ -13,6 +13,7 @@ from typing import Any
 
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, ConfigError, WorkerError, shorten
+from clifflab.runtime.meters import record
 from clifflab.scoring.commit import Receipt
 from clifflab.scoring.job import WORK, Job
 from clifflab.scoring.layout import SourceIndex
@@ -209,7 +210,7 @@ class _Score:
     """The actor: its model stays loaded from block to block."""
 
     def __init__(self, job: Job, root: str, fingerprint: str, threads: int) -> None:
-        self._node, self._error = _node(), ""
+        self._node, self._error, self._model = _node(), "", job.model.name
         try:
             self._scorer = BlockScorer(job, Path(root), fingerprint, threads)
         except ClifflabError as error:
@@ -225,7 +226,10 @@ class _Score:
                 if self._error:
                     found = {"receipt": "", "error": self._error}
                 else:
-                    found = receipt_row({**self._scorer(unpack(row)), "node": self._node})
+                    receipt = self._scorer(unpack(row))
+                    if not receipt.get("again"):  # else an earlier worker did it, and counted it
+                        record("score", self._model, {**receipt, "rows": receipt["read"]}, receipt["seconds"])
+                    found = receipt_row({**receipt, "node": self._node})
             except ClifflabError as error:
                 found = failed_receipt(error)
             yield {name: [value] for name, value in found.items()}

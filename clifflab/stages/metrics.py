@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clifflab.artifacts import read_json, read_parquet
 from clifflab.config import Study
+from clifflab.errors import one_line
 from clifflab.science.asr import attack_success
 from clifflab.stages.base import Layout
 
@@ -16,13 +17,25 @@ _FOUND_BY = ("controls", "truncation", "agreement", "ablation", "evaluation", "c
 _REPAIR = ("selection", "tuning")
 
 
-def study_metrics(study: Study, layout: Layout) -> dict[str, Any]:
-    """The content of ``metrics.json``."""
+def study_metrics(study: Study, layout: Layout, failed: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The content of ``metrics.json``.
+
+    Args:
+        study: The study.
+        layout: Where its files are.
+        failed: Models that could not be finished: ``model``, ``step`` and ``error`` of each. They are named under
+            ``failed``, and nothing else is told of them.
+    """
+    gone = {entry["model"] for entry in failed}
+    told = [{**{key: e.get(key) for key in ("model", "step")}, "error": one_line(e.get("error") or "")} for e in failed]
     return {
         "study": study.name,
         "seed": study.seed,
         "duplicates": read_json(layout.root / "duplicates.json"),
-        "models": {model.name: model_metrics(study, layout, model.name) for model in study.models},
+        "models": {
+            model.name: model_metrics(study, layout, model.name) for model in study.models if model.name not in gone
+        },
+        **({"failed": told} if told else {}),
     }
 
 
