@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,15 +17,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from clifflab.artifacts import file_hash
+from clifflab.artifacts import file_hash, read_parquet, refuse_links
 from clifflab.config import ModelSpec
-from clifflab.errors import ClifflabError, ConfigError, InputError, shorten
+from clifflab.errors import ClifflabError, ConfigError, InputError, OutputError, shorten
 from clifflab.models.fit import FIXED_MB, ROOM, gpus_needed, weight_bytes
 from clifflab.models.loading import load, model_identity, resolve_spec
 from clifflab.models.placing import check_place, device_map
 from clifflab.models.sizes import model_sizes
 from clifflab.organism import planted_path
 from clifflab.runtime.prepare import check_format
+from clifflab.runtime.study import run
+from clifflab.stages import STEPS
+from clifflab.stages.base import Layout
 from clifflab.studyfile import dump_study, load_study, parse_study
 from tests.ggufs import tiny_model, write_gguf
 from tests.strengths import STRENGTHS, broken, checkpoints, nan
@@ -288,3 +293,109 @@ def test_sweeps_that_cannot_be(change: dict[str, Any], problem: str) -> None:
         models_of({"name": "m", "path": "p", "sweep": {"size": ["1B"]}, **change})
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_model_takes_a_name_of_the_studys_own(tmp_path: Path) -> None:
+    """Every file and folder that a study makes in its results, those of its models apart, is refused as a name."""
+    study = parse_study({**small_study(), "judge": {"guard": {"path": "organism:planted"}}})
+    layout = Layout(tmp_path)
+    own = {
+        path.relative_to(tmp_path).parts[0]
+        for step in STEPS.values()
+        if not step.per_model
+        for path in step.outputs(layout, None)
+    }
+    own |= {"study.yaml", "manifest.json", "events.jsonl", "metrics.json", "status.json", ".work", ".steps", ".lock"}
+    own |= {"_study", "hashes.json", "index.json", *(f"{name}.json" for name in STEPS)}
+    assert {"prompts.parquet", "clusters.parquet", "report.html", "figures"} <= own
+    assert study.models[0].name == "planted"
+    for name in sorted(own | {name.upper() for name in own}):
+        with pytest.raises(ConfigError, match=r"models\.0\.name: "):
+            models_of({"name": name, "path": "organism:planted"})
+    for name in ("..", ".", "", "../up", "a/b", "/etc", "a\\b", "a\n", "a b", "é", "-a", "a\0", "x" * 81, "~", "$HOME"):
+        for place in ({"models": [{"name": name, "path": "p"}]}, {"name": name}):
+            with pytest.raises(ConfigError):
+                parse_study({**small_study(), **place})
+        sets = [*small_study()["prompts"], {"name": name, "path": "p", "label": "harmful"}]
+        with pytest.raises(ConfigError, match=r"prompts\.3\.name: "):
+            parse_study(small_study(prompts=sets))
+        with pytest.raises(ConfigError, match=r"repair\.corpus\.0\.name: "):
+            parse_study(small_study(repair={"corpus": [{"name": name, "path": "p", "label": "unlabelled"}]}))
+    names = ["Llama-3.1-8B", "a", "q4_k.gguf", "x" * 80]
+    assert [model["name"] for model in models_of(*({"name": name, "path": "p"} for name in names))] == names
+    with pytest.raises(ConfigError, match="'Qwen' and 'qwen' differ only by case"):
+        models_of({"name": "Qwen", "path": "p"}, {"name": "qwen", "path": "p"})
+
+
+def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
+    root, out = tmp_path / "runs" / "study", tmp_path / "out"
+    (root / "model" / "figures").mkdir(parents=True)
+    out.mkdir()
+    refuse_links(root)
+    refuse_links(tmp_path / "absent")
+    (root / "inside").symlink_to(root / "model")
+    (root / "model" / "up").symlink_to("../model/figures")
+    (tmp_path / "link").symlink_to(root)
+    refuse_links(root)
+    refuse_links(tmp_path / "link")
+    for place, target in (
+        ("model/figures/x", out),
+        ("events.jsonl", out / "none"),
+        (".work", "../.."),
+        ("a", "/proc/self"),
+    ):
+        (root / place).symlink_to(target)
+        with pytest.raises(OutputError, match="is a link that leads out of the results"):
+            refuse_links(root)
+        (root / place).unlink()
+    (root / "loop").symlink_to(root / "loop")
+    with pytest.raises(OutputError, match="loop: is a link"):
+        refuse_links(root)
+
+
+HOSTILE = (
+    "../../up",
+    "/etc/passwd",
+    "..",
+    "a/../../b",
+    "a\\..\\b",
+    "x\n../y",
+    "%2e%2e/z",
+    "~/.ssh/id",
+    "$(touch z)",
+    "con",
+    "é/\u202e",
+)
+WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.copyfile"}
+
+
+def test_names_in_rows_become_no_files(existing_traces: Path, tmp_path: Path) -> None:
+    """Ids, groups, categories and pools that look like paths: nothing is written outside of the results."""
+    rows = [json.loads(line) for line in existing_traces.read_text().splitlines()][:96]
+    for number, row in enumerate(rows):
+        name = HOSTILE[number % len(HOSTILE)]
+        row |= {"id": f"{name}{number}", "group": f"{name}{number // 2}", "category": name}
+    data = tmp_path / "in" / "rows.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [{"name": "given", "path": str(data), "label": "harmful", "existing": True, "columns": {"label": "label"}}]
+    study = small_study(
+        prompts=sets, report={"figures": True}, repair={"evaluate": {"pools": {pool: ["given"] for pool in HOSTILE}}}
+    )
+    out, written, on = tmp_path / "out", set[str](), [True]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if on and (opened or event in WRITES):
+            written.update(str(path) for path in args[: 2 if event == "os.rename" else 1])
+
+    sys.addaudithook(hook)
+    try:
+        root = run(parse_study(study), out, runtime="inline").root
+    finally:
+        on.clear()
+    assert set(read_parquet(root / "prompts.parquet")["category"].to_pylist()) == set(HOSTILE)
+    # A bare name is one in a folder that is being emptied; drawing keeps a cache of fonts.
+    places = {path for path in written if "/" in path and "matplotlib" not in path}
+    assert len(places) > 50
+    assert not [path for path in places if not os.path.realpath(path).startswith(f"{out}/") and path != str(out)]
