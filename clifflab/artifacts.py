@@ -23,6 +23,7 @@ from typing import Any
 import clifflab
 from clifflab.errors import InputError, OutputError
 from clifflab.pulse import beat
+from clifflab.errors import InputError, OutputError, shorten
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
 _RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text", "tuning")
@@ -195,6 +196,30 @@ def locked(root: Path) -> Iterator[None]:
         yield
     finally:
         handle.close()
+
+
+def refuse_links(root: Path) -> None:
+    """Refuse a folder of results in which a link leads out of it: what is written there would land elsewhere.
+
+    The folder itself may be a link, and links within it may lead to other places within it.
+
+    Raises:
+        OutputError: Names the first such link.
+    """
+    inside = root.resolve()
+    for folder, folders, files in os.walk(root):
+        for name in sorted((*folders, *files)):
+            path = Path(folder, name)
+            if path.is_symlink() and not _leads_into(path, inside):
+                problem = f"is a link that leads out of the results ({shorten(os.readlink(path), 60)})"
+                raise OutputError("output", path, problem, "remove it, or choose another --out")
+
+
+def _leads_into(link: Path, folder: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
 def remove(path: Path) -> None:

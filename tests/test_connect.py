@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -11,13 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from clifflab.config import RuntimeConfig
 from clifflab.errors import ClusterError
 from clifflab.runtime import connect
+from clifflab.runtime.local import start_ray
 from tests.conftest import Cli
 from tests.test_bad_input import one_line
 
@@ -30,7 +36,7 @@ notes = []
 assert start_ray(RuntimeConfig(address=sys.argv[1]), notes.append)
 assert not start_ray(RuntimeConfig(address=sys.argv[1]), notes.append), "it is joined already"
 import ray
-there = ray.get(ray.remote(num_cpus=1)(os.getpid).remote(), timeout=30)
+there = ray.get(ray.remote(num_cpus=1)(lambda: os.getpid()).remote(), timeout=30)
 print(there != os.getpid(), int(ray.cluster_resources()["CPU"]))
 print(ray.get_runtime_context().gcs_address, len(ray.nodes()), os.environ.get("RAY_AUTH_MODE"), *notes)
 ray.shutdown()
@@ -117,6 +123,62 @@ class _Places:
         pass
 
 
+@contextmanager
+def open_head() -> Iterator[str]:
+    """What answers as a head that asks for no token: two calls of its service, without the seconds that Ray takes."""
+    from concurrent.futures import ThreadPoolExecutor
+    from importlib import import_module
+
+    import grpc
+    import ray
+
+    messages, services = (import_module(f"ray.core.generated.gcs_service_{kind}") for kind in ("pb2", "pb2_grpc"))
+
+    class Values(services.InternalKVGcsServiceServicer):  # type: ignore[misc]
+        def InternalKVGet(self, request: Any, context: Any) -> Any:  # noqa: N802
+            about = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+            return messages.InternalKVGetReply(value=json.dumps(about).encode())
+
+    class Nodes(services.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+        def GetAllNodeInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+            reply = messages.GetAllNodeInfoReply()
+            reply.node_info_list.add(node_id=b"\xab" * 28)
+            return reply
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    services.add_InternalKVGcsServiceServicer_to_server(Values(), server)
+    services.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_head_that_is_open_to_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"ab" * 28})
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with open_head() as address:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            both = {address, f"127.0.0.1:{other.getsockname()[1]}"}
+            monkeypatch.setattr("ray._private.services.find_gcs_addresses", _Places(both))
+            assert "2 Rays run on this machine" in str(refusal("auto"))
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", _Places({address}))
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # whoever insists on a token wants one to be sent
+        assert "RAY_AUTH_MODE=token is set here, and none was found" in str(refusal("auto"))
+        monkeypatch.delenv("RAY_AUTH_MODE")
+        joined: list[dict[str, Any]] = []
+        notes: list[str] = []
+        monkeypatch.setattr("ray.init", lambda **how: joined.append(how))
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        assert start_ray(RuntimeConfig(address="auto"), notes.append)
+    assert [how["address"] for how in joined] == [address]
+    assert notes == [connect.OPEN_TO_ALL.format(address=address)]
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
 @dataclass(frozen=True)
 class Head:
     """A Ray that was started with ``ray start``."""
@@ -134,10 +196,16 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head that asks for a token, on the loopback address."""
-    token, port = secrets.token_hex(16), _free_port()
+    with _started(secrets.token_hex(16)) as found:
+        yield found
+
+
+@contextmanager
+def _started(token: str) -> Iterator[Head]:
+    port = _free_port()
     with tempfile.TemporaryDirectory(prefix="cl", dir="/tmp", ignore_cleanup_errors=True) as temporary:
-        env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": temporary}
-        env |= {"RAY_USAGE_STATS_ENABLED": "0"}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        env |= {"RAY_TMPDIR": temporary, "RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN": token}
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
         command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2"]
         command += ["--object-store-memory=80000000", "--disable-usage-stats"]
@@ -154,6 +222,7 @@ def _when_up(head: Head, process: subprocess.Popen[bytes]) -> Head:
     for _ in range(300):
         try:
             with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HOME", head.temporary)
                 patch.setenv("RAY_AUTH_TOKEN", head.token)
                 connect.find(head.address)
         except ClusterError:
@@ -186,15 +255,22 @@ def test_a_real_head_says_what_is_wrong(head: Head, monkeypatch: pytest.MonkeyPa
     assert "none of its 1 nodes is this machine" in str(refusal(head.address))
 
 
+def join(head: Head, address: str, **env: str) -> list[str]:
+    """Lines of a process that joins, runs a task and leaves."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    base |= {"RAY_TMPDIR": head.temporary, **env}
+    done = subprocess.run([sys.executable, "-c", _JOIN, address], env=base, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not head.token or head.token not in done.stdout
+    return done.stdout.splitlines()
+
+
 def test_a_real_head_is_joined(head: Head, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = tmp_path / "token"
     secret.write_text(head.token + "\n")
-    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    base |= {"RAY_TMPDIR": head.temporary, "RAY_AUTH_TOKEN_PATH": str(secret)}
-    done = subprocess.run([sys.executable, "-c", _JOIN, "auto"], env=base, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True 2", f"{head.address} 1 token"]
-    assert head.token not in done.stdout + done.stderr
+    found = join(head, "auto", RAY_AUTH_TOKEN_PATH=str(secret))
+    assert found == ["True 2", f"{head.address} 1 token"]
     wrong = cli("run", "quickstart", "--address", head.address, RAY_AUTH_TOKEN="00" * 16)
     one_line(wrong, "address", "the token is wrong")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))

@@ -182,8 +182,8 @@ def test_no_chat_template(tmp_path: Path) -> None:
 
 def test_missing_extra(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else real(name))
-    with pytest.raises(InputError, match=r"need accelerate; install the extra: pip install 'clifflab\[gguf\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
+    with pytest.raises(InputError, match=r"need gguf; install the extra: pip install 'clifflab\[gguf\]'"):
         resolve_spec(spec_of(tiny))
 
 

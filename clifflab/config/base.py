@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SLUG = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}\Z")
 
+# What a study keeps in its results beside the folders of its models: a model of such a name would write over it.
+OWN_FOLDERS = frozenset({"corpus", "figures", "files", "logs", "repair"})
+OWN_SUFFIXES = (
+    ".html", ".json", ".jsonl", ".lock", ".log", ".parquet", ".pdf", ".png", ".safetensors", ".tmp", ".txt", ".yaml",
+)  # fmt: skip
+
 
 class Section(BaseModel):
     """Base of all parts: frozen, and strict about unknown keys."""
@@ -20,6 +26,14 @@ def slug(value: str) -> str:
     """Check that a name is safe as a folder name."""
     if not SLUG.match(value):
         raise ValueError("use letters, digits, '.', '_' and '-', at most 80, starting with a letter or digit")
+    return value
+
+
+def model_name(value: str) -> str:
+    """Check that a name is safe as the folder of a model's results, beside the study's own files and folders."""
+    slug(value)
+    if value.casefold() in OWN_FOLDERS or value.casefold().endswith(OWN_SUFFIXES):
+        raise ValueError("is or may become a name of the study's own in its results; choose another")
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from clifflab.config.base import Section, Slug, slug
+from clifflab.config.base import Section, Slug, model_name, slug
 from clifflab.text.formats import FORMATS
 
 COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response", "category", "target")
@@ -47,7 +47,7 @@ class ModelSpec(Section):
     gpus: Literal["auto"] | float = "auto"
     replicas: Literal["auto"] | int = "auto"
 
-    _check_name = field_validator("name")(slug)
+    _check_name = field_validator("name")(model_name)
 
     @property
     def repairs(self) -> str | None:

@@ -52,7 +52,8 @@ def states_at(
 
     def on_block(layer: int, hidden_BTD: torch.Tensor) -> None:
         for b, index_N in enumerate(where):
-            states_ND = hidden_BTD[b, index_N].float()
+            # A model over several GPUs has its blocks on all of them.
+            states_ND = hidden_BTD[b, index_N.to(hidden_BTD.device)].float().to(loaded.device)
             if not torch.isfinite(states_ND).all():
                 raise not_finite(loaded, f"residual states after block {layer}")
             on_states(b, layer, states_ND)

@@ -23,7 +23,7 @@ from clifflab.artifacts import file_hash, fingerprint, read_json, write_json
 from clifflab.errors import InputError, OutputError
 
 PACKAGE = "package:"
-_EXTRA = ("gguf", "accelerate")
+_EXTRA = ("gguf",)
 _RECIPE = 1  # part of the cache's names: raise it when the conversion below changes its result
 _WHOLE = "converted.json"
 

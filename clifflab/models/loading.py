@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from clifflab.config import ModelSpec
-from clifflab.errors import ClifflabError, InputError
+from clifflab.errors import InputError
 from clifflab.models import gguf
 from clifflab.models.hooks import capture
+from clifflab.models.placing import as_one_line, check_place, check_weights, device_map
 from clifflab.text.formats import FORMATS, ThinkingFormat, resolve_format
 from clifflab.text.render import Renderer
 
@@ -161,12 +162,13 @@ def load(spec: ModelSpec) -> LoadedModel:
     """Load a model and its tokenizer and check them.
 
     Raises:
-        InputError: The model is not there, is no causal language model, has no safetensors, or its blocks cannot be
-            found.
+        InputError: The model is not there, is no causal language model, has no safetensors, lacks weights or holds
+            some that are not finite, does not fit, or its blocks cannot be found.
     """
     loaded = _load(spec, lambda tokenizer: resolve_format(spec.thinking_format, tokenizer))
-    loaded.blocks = find_blocks(loaded.model, spec.path)
-    check_blocks(loaded)
+    with as_one_line(spec, "cannot be used", "check the checkpoint's files: clifflab doctor --model"):
+        loaded.blocks = find_blocks(loaded.model, spec.path)
+        check_blocks(loaded)
     return loaded
 
 
@@ -188,25 +190,27 @@ def _load(spec: ModelSpec, find_format: Callable[[Any], ThinkingFormat]) -> Load
     spec = resolve_spec(spec)
     path = fetch(spec)
     cuda = torch.cuda.is_available()
-    dtype = _DTYPES[spec.dtype]
     options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
+    with as_one_line(spec, "cannot be loaded", "give a folder or hub id of a safetensors checkpoint"):
         tokenizer = load_tokenizer(path, options)
         form = find_format(tokenizer)  # before the weights, which may take minutes
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    except ClifflabError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        problem = f"cannot be loaded ({lines[0]})"
-        raise InputError(
-            "models.path", spec.path, problem, "give a folder or hub id of a safetensors checkpoint"
-        ) from error
-    if spec.adapter:
-        from clifflab.tuning.adapter import merge_adapter
+        spread = device_map(spec)
+        given: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPES[spec.dtype], use_safetensors=True, output_loading_info=True, **spread, **options
+        )
+        model, about = given
+    if missing := sorted(about["missing_keys"]):  # transformers would go on with random numbers
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        problem = f"cannot be loaded (its files hold no {missing[0]}{more})"
+        raise InputError("models.path", spec.path, problem, "get the whole checkpoint")
+    with as_one_line(spec, "cannot be made ready", "see whether the GPU is well: nvidia-smi"):
+        if spec.adapter:
+            from clifflab.tuning.adapter import merge_adapter
 
-        model = merge_adapter(model, Path(spec.adapter).expanduser(), spec)
-    model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+            model = merge_adapter(model, Path(spec.adapter).expanduser(), spec)
+        model = (model if spread else model.to("cuda" if cuda else "cpu")).eval()
+    check_place(model, spec)
+    check_weights(model, spec)
     return LoadedModel(
         spec=spec,
         model=model,
@@ -221,9 +225,15 @@ def _load(spec: ModelSpec, find_format: Callable[[Any], ThinkingFormat]) -> Load
 
 
 def load_renderer(spec: ModelSpec) -> Renderer:
-    """The model's token ids and text, without its weights."""
+    """The model's token ids and text, without its weights.
+
+    Raises:
+        InputError: Its tokenizer or its thinking format cannot be used.
+    """
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    tokenizer = load_tokenizer(fetch(spec), options)
+    path = fetch(spec)
+    with as_one_line(spec, "its tokenizer cannot be loaded", "check the checkpoint's tokenizer files"):
+        tokenizer = load_tokenizer(path, options)
     return Renderer(tokenizer, resolve_format(spec.thinking_format, tokenizer), spec.system)
 
 
@@ -287,7 +297,8 @@ def check_blocks(loaded: LoadedModel) -> None:
         if not torch.isfinite(own).all():
             problem = f"yields numbers that are not finite (residual states after block {layer})"
             raise InputError("models.path", loaded.spec.path, problem, "use dtype float32, or check the checkpoint")
-        if got[layer].shape != (1, ids.shape[1], loaded.d_model) or not torch.equal(got[layer], own):
+        same = got[layer].shape == (1, ids.shape[1], loaded.d_model) and torch.equal(got[layer].to(own.device), own)
+        if not same:
             problem = f"the state after block {layer} is not the model's own residual stream"
             raise InputError("models.path", loaded.spec.path, problem, "this architecture is not supported")
 

@@ -43,6 +43,7 @@ def start_ray(settings: RuntimeConfig, note: Callable[[str], None] | None = None
 
     if ray.is_initialized():
         return False
+    _read_environment()
     with _native_messages_held():
         ray.init(
             address="local",
@@ -67,14 +68,10 @@ def _join(address: str, note: Callable[[str], None] | None) -> bool:
 
     found = connect.find(address)
     import ray
-    import ray._raylet
 
     if found.asks_token:
         os.environ["RAY_AUTH_MODE"] = "token"
-    # Both were read when Ray was imported, maybe before the environment said what it says now.
-    native: Any = ray._raylet
-    native.Config.initialize("")
-    native.AuthenticationTokenLoader.instance().reset_cache()
+    _read_environment()
     try:
         with _native_messages_held():
             ray.init(address=found.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -84,6 +81,15 @@ def _join(address: str, note: Callable[[str], None] | None) -> bool:
     if note and not found.asks_token:
         note(connect.OPEN_TO_ALL.format(address=found.address))
     return True
+
+
+def _read_environment() -> None:
+    """Let Ray's native code read mode and token again: it kept what it found when Ray was imported, or joined."""
+    import ray._raylet
+
+    native: Any = ray._raylet
+    native.Config.initialize("")
+    native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

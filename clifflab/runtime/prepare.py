@@ -95,7 +95,7 @@ def with_repaired(study: Study, models: tuple[ModelSpec, ...]) -> tuple[ModelSpe
     """
     repair, found = study.repair, list[ModelSpec]()
     repaired = {model.name for model in models if repair.tuned and study.repairs(model)}
-    given = {model.name: model for model in models}
+    given = {model.name.casefold() for model in models}  # some disks take names that differ by case for one
     for index, model in enumerate(models):
         if model.repairs is not None and model.repairs not in repaired:
             remedy = "give repair.corpus, and name that model in repair.models"
@@ -103,7 +103,7 @@ def with_repaired(study: Study, models: tuple[ModelSpec, ...]) -> tuple[ModelSpe
         found.append(model)
         if model.name in repaired and not any(other.repairs == model.name for other in models):
             name = f"{model.name}-repaired"
-            if name in given:
+            if name.casefold() in given:
                 raise ConfigError(f"models.{index}.name", name, "is the name of the repaired model", "choose another")
             found.append(
                 model.model_copy(update={"name": name, "adapter": f"{REPAIRED}{model.name}", "before": model.name})
