@@ -7,7 +7,7 @@ own: what a job reads is pulled before it, and what it wrote is pushed after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from clifflab.runtime.storage_check import seen_probes as seen_probes
 from clifflab.runtime.storage_jobs import mirror_job as mirror_job
 from clifflab.runtime.storage_jobs import outputs_of as outputs_of
 from clifflab.runtime.storage_jobs import reads_of as reads_of
-from clifflab.runtime.storage_mirror import MirrorStore
+from clifflab.runtime.storage_mirror import Local, MirrorStore
 from clifflab.runtime.storage_scratch import Scratch
 
 
@@ -53,8 +53,8 @@ class Store(Protocol):
         """Send everything below the root that was written since the last pull or push; each file whole or absent."""
         ...
 
-    def drop(self) -> None:
-        """Forget what was written below a mirror's root and not pushed."""
+    def drop(self, before: Mapping[Path, Local]) -> None:
+        """Delete what was written below a mirror's root since :meth:`files` gave this, and not pushed."""
         ...
 
     def remove(self, place: Path) -> None:
@@ -65,8 +65,8 @@ class Store(Protocol):
         """The files below a folder of the output, whether they are here or not."""
         ...
 
-    def files(self) -> set[Path]:
-        """The files that are here."""
+    def files(self) -> dict[Path, Local]:
+        """The files that are here: size, time of change in ns, and inode of each."""
         ...
 
     def close(self) -> None:
@@ -96,8 +96,8 @@ class LocalStore:
     def push(self) -> None:
         """Nothing to send."""
 
-    def drop(self) -> None:
-        """What is written is in the output."""
+    def drop(self, before: Mapping[Path, Local]) -> None:
+        """What is written is in the output, and stays."""
 
     def remove(self, place: Path) -> None:
         """Delete a file or a folder, if it is there."""
@@ -107,9 +107,10 @@ class LocalStore:
         """The files below a folder."""
         return {path for path in place.rglob("*") if path.is_file()}
 
-    def files(self) -> set[Path]:
+    def files(self) -> dict[Path, Local]:
         """All files."""
-        return self.present(self.root)
+        stats = {path: path.stat() for path in self.present(self.root)}
+        return {path: (found.st_size, found.st_mtime_ns, found.st_ino) for path, found in stats.items()}
 
     def close(self) -> None:
         """Nothing to let go."""

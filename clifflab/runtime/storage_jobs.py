@@ -36,11 +36,11 @@ def mirror_job(
     try:
         result = work()
         if went_well(result):
-            for place in _topmost(before - store.files(), store.root):
+            for place in _topmost(before.keys() - store.files().keys(), store.root):
                 store.remove(place)
             store.push()
     finally:
-        store.drop()
+        store.drop(before)
     return result
 
 

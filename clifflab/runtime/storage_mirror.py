@@ -11,7 +11,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +31,7 @@ WORK = ".work"
 _TICK = 2.0  # seconds after which a time of change, told in whole seconds, is another one
 _OLD = 3600.0  # seconds; more than clocks may differ
 _INDEX_EVERY = 5.0  # seconds
+_OF_DRIVER = ("events.jsonl", "status.json", "study.yaml")  # written beside jobs
 Local = tuple[int, int, int]  # size, time of change in ns, inode
 
 
@@ -131,12 +132,17 @@ class MirrorStore:
             if changed:
                 self._save()
 
-    def drop(self) -> None:
-        """Delete here what was written and not sent: of a job that failed, and that another process may do again."""
+    def drop(self, before: Mapping[Path, Local]) -> None:
+        """Delete here what was written since and not sent: by a job that failed, and that others may do again.
+
+        Args:
+            before: What :meth:`files` said then.
+        """
         with self._guard:
             for name, here in list(self._files()):
                 seen = self._seen.get(name)
-                if seen is None or seen.local != here:
+                unsent = seen is None or seen.local != here
+                if unsent and before.get(self.root / name) != here and name not in _OF_DRIVER:
                     (self.root / name).unlink(missing_ok=True)
 
     def remove(self, place: Path) -> None:
@@ -165,13 +171,12 @@ class MirrorStore:
 
     def present(self, place: Path) -> set[Path]:
         """The files below a folder there, as paths here, whether they were pulled or not."""
-        name = self._name(place)
-        tree = self._objects.again(lambda client: client.tree(name))
-        return {self.root / name / rest for rest in tree if _mirrored(f"{name}/{rest}")}
+        name = "" if place == self.root else self._name(place)
+        return {place / rest for rest in self._tree(name) if _mirrored(f"{name}/{rest}".lstrip("/"))}
 
-    def files(self) -> set[Path]:
-        """The files here."""
-        return {self.root / name for name, _ in self._files()}
+    def files(self) -> dict[Path, Local]:
+        """The files here, with what changes when one is written."""
+        return {self.root / name: here for name, here in self._files()}
 
     def close(self) -> None:
         """Let the mirror go; one in a temporary folder is deleted."""

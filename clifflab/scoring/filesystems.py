@@ -31,6 +31,9 @@ _DENIED = re.compile(
     r"access.?denied|forbidden|\b40[13]\b|credential|permission|unauthori[sz]ed|unauthenticated|InvalidAcc|Signature|gated",
     re.IGNORECASE,
 )
+_BUSY = re.compile(
+    r"SLOW_?DOWN|SERVICE_?UNAVAILABLE|THROTTLING|INTERNAL_|NETWORK_CONNECTION|timed? ?out", re.IGNORECASE
+)
 # Parameters of an address that sign or name who asks; a question mark elsewhere stands for a character.
 _SIGNED = re.compile(
     r"[?&;](?:x-(?:amz|goog)-\w+|aws\w*|(?:\w*[_-])?(?:access|secret|api)?[_-]?key(?:[_-]?id)?|\w*token|"
@@ -96,7 +99,7 @@ def locate(path: str, field: str = FIELD) -> tuple[Any, str]:
     except (ImportError, ValueError, OSError) as error:
         raise _kind(field)(
             field, f"{scheme}://", f"no such filesystem here ({without_secrets(str(error))})",
-            "use a local path, s3://, gs:// or hf://, or install the fsspec package of this scheme",
+            "use a local path, s3:// or gs://, or install the fsspec package of this scheme",
         ) from None  # fmt: skip
     if scheme.startswith("http"):  # whose paths are whole addresses
         return filesystem, path
@@ -163,7 +166,7 @@ def of_store(error: Exception) -> bool:
 
 def denied(error: Exception) -> bool:
     """Whether a store refuses who asks, and will when asked again."""
-    return _DENIED.search(str(error)) is not None
+    return _DENIED.search(str(error)) is not None and _BUSY.search(str(error)) is None
 
 
 def unreadable(path: str, error: Exception, field: str = FIELD) -> UserError:
