@@ -60,6 +60,10 @@ class OutputError(UserError):
     """The output folder cannot be used."""
 
 
+class ClusterError(UserError):
+    """A running Ray cannot be used: it is not there, it refuses this process, or it is another version."""
+
+
 class TraceError(ClifflabError):
     """One trace cannot be used; it goes to the rejects with this reason.
 

@@ -19,10 +19,12 @@ UNTRAINED = 3
 @click.option(
     "--runtime", type=click.Choice(["ray", "inline"]), help="Ray actors, or this process. [default: the study's]"
 )
+@click.option("--address", metavar="HOST:PORT", help="Use a running Ray (auto: the one on this machine).")
 @click.option("--dry-run", is_flag=True, help="Check everything and list the steps that would run.")
 def command(
-    study: str, overrides: tuple[str, ...], data: str | None, out: str, runtime: str | None, dry_run: bool
-) -> None:
+    study: str, overrides: tuple[str, ...], data: str | None, out: str, runtime: str | None, address: str | None,
+    dry_run: bool,
+) -> None:  # fmt: skip
     """Run the study in STUDY, a YAML file or the name of a shipped one (quickstart, smollm2).
 
     What is whole already is not computed again: the same command continues after an interruption.
@@ -34,6 +36,8 @@ def command(
     from clifflab.studyfile import load_study
 
     loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    if address is not None:
+        loaded = loaded.model_copy(update={"runtime": loaded.runtime.model_copy(update={"address": address})})
     if dry_run:
         _dry_run(loaded, out)
         return

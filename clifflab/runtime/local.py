@@ -20,6 +20,13 @@ def start_ray(settings: RuntimeConfig) -> bool:
     The local cluster has a bounded object store, no dashboard, listens on the loopback address and asks for a token
     that lives in this process's environment alone.
     """
+    if settings.address:
+        import ray
+
+        if ray.is_initialized():
+            return False
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        return True
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
