@@ -83,7 +83,7 @@ def render_page(results: StudyResults, overall: Packed, provenance: dict[str, An
         .render(
             study=study,
             missing=missing_models(results.failed),
-            asked=len(study.models),
+            asked=len({model.name for model in study.models} | {entry["model"] for entry in results.failed}),
             findings=[_finding(results, name) for name in results.models],
             unchecked=unchecked(keys),
             keys=keys,

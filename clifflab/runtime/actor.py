@@ -13,6 +13,7 @@ from clifflab.artifacts import code_version
 from clifflab.config import Study
 from clifflab.errors import without_credentials
 from clifflab.pulse import beats
+from clifflab.runtime.meters import record
 from clifflab.runtime.work import Job, Result, Worker
 from clifflab.stages import Identities
 
@@ -67,7 +68,10 @@ class StudyActor:
         """Do one job."""
 
         self._thread = threading.get_ident()
-        return self._worker.do(job)
+        result = self._worker.do(job)
+        if result.error is None:
+            record(job.step, job.model, result.counts, result.seconds)
+        return result
 
     def progress(self) -> int:
         """A number that grows while work goes on."""

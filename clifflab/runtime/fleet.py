@@ -14,12 +14,13 @@ from typing import Any
 
 from clifflab.artifacts import code_version
 from clifflab.config import Study
-from clifflab.errors import ClusterError, InputError, WorkerError, shorten
+from clifflab.errors import ClifflabError, ClusterError, InputError, WorkerError, shorten
 from clifflab.models.fit import gpus_needed
 from clifflab.runtime.actor import WATCH, Place, StudyActor
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.gangs import Gangs
 from clifflab.runtime.local import start_ray
+from clifflab.runtime.nodes import gpu_memory_mb as gpu_memory
 from clifflab.runtime.progress import Reporter
 from clifflab.runtime.schedule import Schedule, Task
 from clifflab.runtime.seats import NODE_LABEL, Nodes, Seat
@@ -41,10 +42,18 @@ class Fleet:
         identities: Its fingerprints.
         log: Told of every worker that comes and goes.
         reporter: Told what a user should know.
+        gpu_memory_mb: Memory of the smallest GPU, if it is known.
     """
 
     def __init__(
-        self, study: Study, place: Place, root: Path, identities: Identities, log: EventLog, reporter: Reporter
+        self,
+        study: Study,
+        place: Place,
+        root: Path,
+        identities: Identities,
+        log: EventLog,
+        reporter: Reporter,
+        gpu_memory_mb: int | None = None,
     ) -> None:
         self._started = start_ray(study.runtime)
         import ray
@@ -54,6 +63,7 @@ class Fleet:
         self._dead = (errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError, errors.WorkerCrashedError)
         self._nodes = Nodes()
         self._nodes.look(time.monotonic())
+        self._gpu_memory_mb = gpu_memory_mb or (gpu_memory() if self._nodes.gpus else None)
         self._seats: list[Seat] = []
         self._load_seconds: dict[str, float] = {}
         self._start_seconds = 0.0
@@ -92,6 +102,8 @@ class Fleet:
             ClifflabError: What ends the study, and not a model alone.
         """
         self._schedule = schedule
+        if self._with_gpus:
+            self._settle_needs()
         schedule.open()
         while True:
             now = time.monotonic()
@@ -307,10 +319,17 @@ class Fleet:
             return 0.0
         if key is None or key not in self._specs:
             return 1.0
-        if key not in self._needs:
-            spec = self._specs[key]
-            self._needs[key] = gpus_needed(spec, None) if spec.gpus == "auto" else float(spec.gpus)
         return self._needs[key]
+
+    def _settle_needs(self) -> None:
+        """How many GPUs each model needs; those that fit no machine are left out."""
+        largest = int(max((node.gpus for node in self._nodes.alive), default=0))
+        for name, spec in self._specs.items():
+            try:
+                self._needs[name] = gpus_needed(spec, self._gpu_memory_mb, largest)
+            except ClifflabError as error:
+                self._needs[name] = 1.0
+                self._schedule.give_up(name, error)
 
     def _most(self, key: str) -> float:
         replicas = self._specs[key].replicas if key in self._specs else "auto"

@@ -279,6 +279,12 @@ class Schedule:
         self._queue.append(task)
         self._queue.sort(key=lambda other: other.order)
 
+    def give_up(self, model: str, error: ClifflabError) -> None:
+        """A model cannot be used here."""
+        pair = next((pair for pair in self._order if pair[1] == model), None)
+        if pair is not None:
+            self._fail(Task(Job(*pair), None, self._order[pair]), error)
+
     def _poison(self, task: Task, error: BaseException) -> None:
         """It fails wherever it is tried. The step's other units are done; it and its model are not."""
         if isinstance(error, OutputError) or task.job.model is None:

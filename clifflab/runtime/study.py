@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from clifflab.artifacts import code_version, read_json, write_text
+from clifflab.artifacts import code_version, read_json, refuse_links, write_text
 from clifflab.config import Study
 from clifflab.errors import shorten
 from clifflab.runtime.events import EventLog
@@ -17,6 +17,7 @@ from clifflab.runtime.folder import plan as plan
 from clifflab.runtime.prepare import check_each, prepare_each, without
 from clifflab.runtime.prepare import prepare as prepare
 from clifflab.runtime.progress import Reporter, Silent
+from clifflab.runtime.reach import reach
 from clifflab.runtime.schedule import Failure, Schedule
 from clifflab.runtime.status import Watcher
 from clifflab.runtime.storage import Store, open_store
@@ -89,10 +90,16 @@ def run(
     """
     reporter = reporter or Silent()
     study, failures = prepare_each(study)
-    store = open_store(str(out), study.name)
+    kind, place, memory = runtime or study.runtime.kind, str(out), None
+    if kind == "ray" and study.runtime.address is not None:
+        place = place if "://" in place else str(Path(place).absolute())
+        unseen, memory = reach(without(study, {f.model for f in failures}), place, reporter, package_folder())
+        failures += unseen
+    store = open_store(place, study.name)
+    refuse_links(store.root)
     with store.lock():
         store.pull()
-        run = _Run(study, store, str(out), runtime or study.runtime.kind, reporter)
+        run = _Run(study, store, place, kind, reporter, memory)
         try:
             run.carry_out(failures)
         finally:
@@ -117,6 +124,7 @@ class _Run:
     out: str
     kind: str
     reporter: Reporter
+    gpu_memory_mb: int | None
 
     def __post_init__(self) -> None:
         self._watcher = Watcher(self.store.root, self.study.name)
@@ -204,7 +212,7 @@ class _Run:
         from clifflab.runtime.fleet import Fleet
 
         place = Place(str(root.parent) if not self.store.remote else self.out, package_folder())
-        return Fleet(study, place, root, identities, self._log, self.reporter)
+        return Fleet(study, place, root, identities, self._log, self.reporter, self.gpu_memory_mb)
 
 
 def package_folder() -> str:

@@ -88,8 +88,9 @@ class ReportStep(Step):
             with zipfile.ZipFile(context.part(unit)) as archive:
                 models[spec.name] = json.loads(archive.read("about.json"))
                 files |= {name: archive.read(name) for name in archive.namelist() if name != "about.json"}
-        metrics = study_metrics(study, context.layout)
-        results = StudyResults(study, metrics, models)
+        failed = context.identities.failed
+        metrics = study_metrics(study, context.layout, failed)
+        results = StudyResults(study, metrics, models, failed)
         overall = draw_study(results)
         files |= overall.files
         origin = provenance(study, context.identities, {name: about["template"] for name, about in models.items()})
