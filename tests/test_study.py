@@ -120,7 +120,7 @@ def test_running_again_computes_nothing(inline: Path) -> None:
     before = {
         p: p.stat().st_mtime_ns
         for p in inline.rglob("*")
-        if p.is_file() and p.name not in ("events.jsonl", ".lock", "study.yaml")
+        if p.is_file() and p.name not in ("events.jsonl", "status.json", ".lock", "study.yaml")
     }
     clifflab.run(parse(small_study()), inline.parent, runtime="inline")
     assert {p: p.stat().st_mtime_ns for p in before} == before
