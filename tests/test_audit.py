@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,71 @@ def test_logs_without_keys_tell_by_where_units_ran() -> None:
     for event in log.events:
         event.pop("key", None)
     assert idle(log) == [("0", 5, 3)]
+
+
+def greedy(seed: int, nap: float = 0.0) -> Log:
+    """A made-up scheduler on two nodes of two GPUs that gives every free slot work at once, while workers die.
+
+    Args:
+        seed: Of units, times and deaths.
+        nap: Seconds for which one slot is passed over once, at a time when units wait all along.
+    """
+    rng, log = random.Random(seed), Log()
+    waiting: dict[str, list[tuple[str, int]]] = {}
+    held: dict[tuple[str, str], tuple[str, str]] = {}  # slot: worker, model
+    agenda: list[Any] = [(rng.uniform(0, 20), "ready", f"m{n}") for n in range(4)]
+    for number in range(4):
+        heapq.heappush(agenda, (0.0, "free", ("n1" if number < 2 else "n2", str(number % 2))))
+    heapq.heapify(agenda)
+    idle: set[tuple[str, str]] = set()
+    count, napped = 0, not nap
+    while agenda:
+        now, kind, what = heapq.heappop(agenda)
+        if kind == "ready":
+            waiting[what] = [(f"u{n}", 1) for n in range(rng.randint(5, 40))]
+            log.ready(now, len(waiting[what]), model=what)
+        elif kind == "again":
+            waiting[what[0]].append(what[1])
+        elif not napped and sum(map(len, waiting.values())) > 60 and what in held:
+            napped = True
+            heapq.heappush(agenda, (now + nap, "free", what))
+            continue
+        else:
+            idle.add(what)
+        for slot in sorted(idle):
+            model = next((m for m in [held.get(slot, ("", ""))[1], *sorted(waiting)] if waiting.get(m)), None)
+            if model is None:
+                break
+            idle.discard(slot)
+            unit, attempt = waiting[model].pop(0)
+            start = now
+            if slot not in held or held[slot][1] != model:
+                if slot in held:
+                    log.add(now, "worker_stop", worker=held[slot][0], reason="moved")
+                count += 1
+                held[slot] = (f"w{count}", model)
+                log.worker(now + 1.5, f"w{count}", [slot[1]], seconds=1.5, node=slot[0])
+                log.load(now + 1.5, f"w{count}", model, seconds=0.5)
+                start = now + 2.0
+            stop, worker = start + rng.uniform(0.2, 3), held[slot][0]
+            if rng.random() < 0.15 and attempt < 4:
+                log.lost(stop, worker, unit, attempt, began=start)
+                log.events[-1]["model"] = model
+                del held[slot]
+                heapq.heappush(agenda, (stop + 2 ** (attempt - 1), "again", (model, (unit, attempt + 1))))
+            else:
+                log.unit(start, stop, worker, unit, model, attempt=attempt)
+            heapq.heappush(agenda, (stop, "free", slot))
+    return log
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_scheduler_that_leaves_nothing_idle_is_not_accused(seed: int) -> None:
+    found = greedy(seed).audit(200)
+    assert found.problems(idle_bound=0.01) == []
+    assert found.lost
+    napping = greedy(seed, nap=5.0).audit(200)
+    assert [gap.seconds for gap in napping.gaps] == [pytest.approx(5, abs=0.01)]
 
 
 def test_runs_are_read_one_by_one() -> None:

@@ -88,6 +88,7 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
       more.
     * A unit needs a model if its ``ready`` event names a ``key``; where the log has no keys, if units of its step ran
       in workers that sit in slots.
+    * Of a model's waiting units, as many are spoken for as workers start or load that model: they are no work for others.
     * A slot could do a unit that needs several GPUs only while so many slots of its node are idle; and none of a model
       that as many workers hold as its ``replicas`` in the ``ready`` event allow.
     * A unit whose worker was lost ran from ``began`` of the ``worker_lost`` event, else from when the worker had last
@@ -242,7 +243,9 @@ def _gaps(
             during(start, worker.end, "hold", model)
             for slot in worker.slots:
                 during(start, worker.end, "here", (slot, model))
-    state: dict[str, Counter[Any]] = {what: Counter() for what in ("idle", "wait", "hold", "here")}
+        if (model := worker.first) is not None:
+            during(worker.start, worker.ready, "prepare", model)
+    state: dict[str, Counter[Any]] = {what: Counter() for what in ("idle", "wait", "hold", "here", "prepare")}
     opened: dict[Slot, tuple[float, dict[str, int]]] = {}
     gaps = []
     for time in sorted(changes):
@@ -259,6 +262,10 @@ def _gaps(
 def _could(state: Mapping[str, Counter[Any]], waits: Sequence[_Wait]) -> dict[Slot, dict[str, int]]:
     """Idle slots for which units wait, with how many of which."""
     waiting = [(waits[number], count) for number, count in state["wait"].items() if count > 0]
+    queued = Counter[str | None]()
+    for wait, count in waiting:
+        queued[wait.model] += count
+    waiting = [(wait, count) for wait, count in waiting if queued[wait.model] > state["prepare"][wait.model]]
     slots = [slot for slot, count in state["idle"].items() if count > 0] if waiting else []
     idle = Counter(node for node, _ in slots)
     found: dict[Slot, dict[str, int]] = {}

@@ -29,6 +29,7 @@ class Seated:
         done: What it finished.
         cut: What it was at when it was lost.
         loads: When it began to load which model.
+        loaded: When the first of them was loaded.
     """
 
     slots: list[Slot]
@@ -40,11 +41,22 @@ class Seated:
     done: list[Task] = field(default_factory=list)
     cut: list[Task] = field(default_factory=list)
     loads: dict[str, float] = field(default_factory=dict)
+    loaded: float = 0.0
 
     @property
     def last(self) -> float:
         """When it was last heard of: the end of what it finished last."""
         return max([self.up, *(stop for _, stop, _ in self.done)])
+
+    @property
+    def first(self) -> str | None:
+        """The model that it was started for: the one that it loaded first."""
+        return min(self.loads, key=lambda model: self.loads[model], default=None)
+
+    @property
+    def ready(self) -> float:
+        """When it had started and loaded that model."""
+        return max(self.up, self.loaded)
 
 
 def seated(run: Sequence[Event]) -> dict[str, Seated]:
@@ -72,6 +84,7 @@ def _note(worker: Seated, event: Event) -> None:
         start, stop = when(event)
         worker.done.append((start, stop, told(event)))
         if kind == "model_load":
+            worker.loaded = stop if not worker.loads else worker.loaded
             worker.loads.setdefault(str(event.get("model")), start)
     elif kind in ("worker_stop", "worker_lost"):
         if kind == "worker_lost" and event.get("unit") is not None:
