@@ -222,6 +222,41 @@ def test_a_node_that_is_gone_is_no_gap_and_a_forgotten_slot_is() -> None:
     assert idle(forgotten) == [("0", 10, 20)]
 
 
+def test_a_node_that_is_said_to_be_gone_is_gone_from_then_on() -> None:
+    log = Log().ready(1, 9).worker(2, "a", ["0"]).worker(2, "b", ["0"], node="n2")
+    log.unit(2, 30, "a", "u0").unit(2, 6, "b", "u1").add(8, "node_lost", node="n2")
+    log.add(8, "worker_stop", worker="b", reason="lost").lost(8, "b", "u2")
+    assert idle(log) == []
+    assert idle(log.unit(9, 10, "b", "u3")) == []  # a late word changes nothing
+
+
+def test_a_unit_that_fails_is_tried_again_after_a_pause() -> None:
+    def retried(began: float) -> Log:
+        log = one_gpu(1).add(10, "worker_stop", worker="a", reason="failed")
+        about = {"step": "traces", "model": "m", "unit": "u0"}
+        log.add(10, "retry", **about, attempt=2, pause=3.0, error="a bug").worker(11, "b", ["0"])
+        return log.load(11, "b", "m").unit(began, began + 1, "b", "u0", attempt=2)
+
+    assert idle(retried(13)) == []
+    assert idle(retried(17)) == [("0", 13, 4)]
+    poison = one_gpu(1).add(10, "worker_stop", worker="a", reason="failed")
+    assert idle(poison.add(10, "unit_failed", step="traces", model="m", unit="u0", attempts=1, error="a bug")) == []
+
+
+def test_places_that_a_group_took_are_not_idle() -> None:
+    log = one_gpu(3).unit(3, 5, "a", "u0").worker(2, "b", ["1"]).unit(2, 4, "b", "u9")
+    log.add(5, "worker_stop", worker="a", reason="idle")
+    about = {"step": "tune", "model": "m", "unit": "tune", "began": 5.0, "seconds": 15.0, "worker": "group"}
+    log.add(20, "unit", **about, attempt=1, node="n3", pid=9, gpu_ids=["0"])
+    log.worker(21, "c", ["0"]).unit(21, 22, "c", "u1")
+    assert idle(log) == [("1", 4, 17)]  # a worker sat there all the time, with nothing to do
+
+
+def test_a_merge_that_is_ready_asks_for_no_gpu() -> None:
+    log = one_gpu(1).unit(3, 5, "a", "u0").add(5, "ready", step="traces", model="m", units=1, merge=True)
+    assert idle(log) == []
+
+
 def test_what_a_killed_run_did_last_is_not_known() -> None:
     log = one_gpu(3).unit(3, 5, "a", "u0").add(9, "note")
     assert log.audit().gaps == []
