@@ -280,7 +280,9 @@ class RunState:
         workers = self._workers if state == RUNNING else {}
         entries = [{"worker": name, **about} for name, about in workers.items()]
         nodes = {entry["node"] for entry in entries}
-        return {"now": len(entries), "nodes": len(nodes), "places": self._places, "gpus": self._gpus, "list": entries}
+        without = sum(entry["kind"] == "cpu" for entry in entries)
+        places = {"places": self._places, "gpus": self._gpus, "nodes": len(nodes)}
+        return {"now": len(entries), "without_gpu": without, **places, "list": entries}
 
 
 def _as_study(event: Event) -> list[Event]:
