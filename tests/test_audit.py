@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,41 @@ def test_a_node_that_is_gone_is_no_gap_and_a_forgotten_slot_is() -> None:
     assert idle(forgotten) == [("0", 10, 20)]
 
 
+def test_a_node_that_is_said_to_be_gone_is_gone_from_then_on() -> None:
+    log = Log().ready(1, 9).worker(2, "a", ["0"]).worker(2, "b", ["0"], node="n2")
+    log.unit(2, 30, "a", "u0").unit(2, 6, "b", "u1").add(8, "node_lost", node="n2")
+    log.add(8, "worker_stop", worker="b", reason="lost").lost(8, "b", "u2")
+    assert idle(log) == []
+    assert idle(log.unit(9, 10, "b", "u3")) == []  # a late word changes nothing
+
+
+def test_a_unit_that_fails_is_tried_again_after_a_pause() -> None:
+    def retried(began: float) -> Log:
+        log = one_gpu(1).add(10, "worker_stop", worker="a", reason="failed")
+        about = {"step": "traces", "model": "m", "unit": "u0"}
+        log.add(10, "retry", **about, attempt=2, pause=3.0, error="a bug").worker(11, "b", ["0"])
+        return log.load(11, "b", "m").unit(began, began + 1, "b", "u0", attempt=2)
+
+    assert idle(retried(13)) == []
+    assert idle(retried(17)) == [("0", 13, 4)]
+    poison = one_gpu(1).add(10, "worker_stop", worker="a", reason="failed")
+    assert idle(poison.add(10, "unit_failed", step="traces", model="m", unit="u0", attempts=1, error="a bug")) == []
+
+
+def test_places_that_a_group_took_are_not_idle() -> None:
+    log = one_gpu(3).unit(3, 5, "a", "u0").worker(2, "b", ["1"]).unit(2, 4, "b", "u9")
+    log.add(5, "worker_stop", worker="a", reason="idle")
+    about = {"step": "tune", "model": "m", "unit": "tune", "began": 5.0, "seconds": 15.0, "worker": "group"}
+    log.add(20, "unit", **about, attempt=1, node="n3", pid=9, gpu_ids=["0"])
+    log.worker(21, "c", ["0"]).unit(21, 22, "c", "u1")
+    assert idle(log) == [("1", 4, 17)]  # a worker sat there all the time, with nothing to do
+
+
+def test_a_merge_that_is_ready_asks_for_no_gpu() -> None:
+    log = one_gpu(1).unit(3, 5, "a", "u0").add(5, "ready", step="traces", model="m", units=1, merge=True)
+    assert idle(log) == []
+
+
 def test_what_a_killed_run_did_last_is_not_known() -> None:
     log = one_gpu(3).unit(3, 5, "a", "u0").add(9, "note")
     assert log.audit().gaps == []
@@ -246,6 +283,71 @@ def test_logs_without_keys_tell_by_where_units_ran() -> None:
     for event in log.events:
         event.pop("key", None)
     assert idle(log) == [("0", 5, 3)]
+
+
+def greedy(seed: int, nap: float = 0.0) -> Log:
+    """A made-up scheduler on two nodes of two GPUs that gives every free slot work at once, while workers die.
+
+    Args:
+        seed: Of units, times and deaths.
+        nap: Seconds for which one slot is passed over once, at a time when units wait all along.
+    """
+    rng, log = random.Random(seed), Log()
+    waiting: dict[str, list[tuple[str, int]]] = {}
+    held: dict[tuple[str, str], tuple[str, str]] = {}  # slot: worker, model
+    agenda: list[Any] = [(rng.uniform(0, 20), "ready", f"m{n}") for n in range(4)]
+    for number in range(4):
+        heapq.heappush(agenda, (0.0, "free", ("n1" if number < 2 else "n2", str(number % 2))))
+    heapq.heapify(agenda)
+    idle: set[tuple[str, str]] = set()
+    count, napped = 0, not nap
+    while agenda:
+        now, kind, what = heapq.heappop(agenda)
+        if kind == "ready":
+            waiting[what] = [(f"u{n}", 1) for n in range(rng.randint(5, 40))]
+            log.ready(now, len(waiting[what]), model=what)
+        elif kind == "again":
+            waiting[what[0]].append(what[1])
+        elif not napped and sum(map(len, waiting.values())) > 60 and what in held:
+            napped = True
+            heapq.heappush(agenda, (now + nap, "free", what))
+            continue
+        else:
+            idle.add(what)
+        for slot in sorted(idle):
+            model = next((m for m in [held.get(slot, ("", ""))[1], *sorted(waiting)] if waiting.get(m)), None)
+            if model is None:
+                break
+            idle.discard(slot)
+            unit, attempt = waiting[model].pop(0)
+            start = now
+            if slot not in held or held[slot][1] != model:
+                if slot in held:
+                    log.add(now, "worker_stop", worker=held[slot][0], reason="moved")
+                count += 1
+                held[slot] = (f"w{count}", model)
+                log.worker(now + 1.5, f"w{count}", [slot[1]], seconds=1.5, node=slot[0])
+                log.load(now + 1.5, f"w{count}", model, seconds=0.5)
+                start = now + 2.0
+            stop, worker = start + rng.uniform(0.2, 3), held[slot][0]
+            if rng.random() < 0.15 and attempt < 4:
+                log.lost(stop, worker, unit, attempt, began=start)
+                log.events[-1]["model"] = model
+                del held[slot]
+                heapq.heappush(agenda, (stop + 2 ** (attempt - 1), "again", (model, (unit, attempt + 1))))
+            else:
+                log.unit(start, stop, worker, unit, model, attempt=attempt)
+            heapq.heappush(agenda, (stop, "free", slot))
+    return log
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_scheduler_that_leaves_nothing_idle_is_not_accused(seed: int) -> None:
+    found = greedy(seed).audit(200)
+    assert found.problems(idle_bound=0.01) == []
+    assert found.lost
+    napping = greedy(seed, nap=5.0).audit(200)
+    assert [gap.seconds for gap in napping.gaps] == [pytest.approx(5, abs=0.01)]
 
 
 def test_runs_are_read_one_by_one() -> None:

@@ -162,6 +162,17 @@ def test_a_failed_model_and_how_the_run_ends() -> None:
     assert {m["state"] for m in failed["models"]} == {"unfinished"}
 
 
+def test_what_follows_from_a_failed_model_fails_with_it() -> None:
+    events = [*running(), *begun(1009, "traces", "one-after", 4)]
+    events += [event(1010, "model_failed", model="one", models=["one", "one-after"], step="traces", error="died")]
+    found = state_of(events)
+    assert {m["model"]: m["state"] for m in found["models"]} == {
+        "one": "failed", "two": "running", "one-after": "failed"
+    }  # fmt: skip
+    assert found["eta_s"] == 8.0
+    assert len(found["failures"]) == 1
+
+
 def test_models_wait_run_and_are_done() -> None:
     states = [{m["model"]: m["state"] for m in state_of(running()[:stop])["models"]} for stop in (1, 5, len(running()))]
     assert states == [

@@ -76,7 +76,7 @@ class Audit:
         found += [f"{_name(w)} was done {w['times']} times: {w['why']}" for w in self.twice if w["why"] == _DONE_AGAIN]
         if idle_bound is not None:
             found += [
-                f"GPU {gap.gpu} of node {gap.node} stood idle for {gap.seconds:.1f} s while units waited"
+                f"{place(gap.gpu)} of node {gap.node} stood idle for {gap.seconds:.1f} s while units waited"
                 for gap in self.gaps
                 if gap.seconds > idle_bound
             ]
@@ -85,6 +85,11 @@ class Audit:
     def as_json(self) -> dict[str, Any]:
         """Plain data, with the rules that were broken as ``problems``."""
         return {"problems": self.problems(), "longest_idle_s": self.longest_idle, **asdict(self)}
+
+
+def place(gpu: str) -> str:
+    """A slot's name within its node, for a reader."""
+    return f"GPU {gpu}" if gpu.isdigit() else gpu
 
 
 def audit(events: Iterable[Event]) -> Audit:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clifflab.runtime.audit_slots import (
+    FAILED,
+    GROUP,
     WORK,
     Event,
     Seated,
@@ -80,16 +82,19 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
 
     * A slot is a GPU of a node, seen in the workers that sat on it; where no worker has a GPU, one core.
     * It is there from when the first worker of its node began to start to the end of the run. It is gone from a node
-      of which nothing is heard after its workers were lost. Where the run was killed, what a worker did after its last
-      event is not known, and is no gap.
+      that is lost, or of which nothing is heard after its workers were lost. Where the run was killed, what a worker
+      did after its last event is not known, and is no gap.
     * A unit waits from the ``ready`` event that queued it to the start of its first try. After a lost worker it waits
       from the end of its backoff (``backoff`` seconds of the ``worker_lost`` event, else ``backoff_seconds`` of
-      ``run_start`` or 1, doubled with each try) to the start of its next try. Units of a model that failed wait no
-      more.
+      ``run_start`` or 1, doubled with each try) to the start of its next try; after an error that may pass, from the
+      end of the ``pause`` of its ``retry`` event. Units of a model that failed wait no more.
     * A unit needs a model if its ``ready`` event names a ``key``; where the log has no keys, if units of its step ran
       in workers that sit in slots.
+    * Of a model's waiting units, as many are spoken for as workers start or load that model: they are no work for
+      others.
     * A slot could do a unit that needs several GPUs only while so many slots of its node are idle; and none of a model
       that as many workers hold as its ``replicas`` in the ``ready`` event allow.
+    * While a group of workers does a unit, slots in which no worker of the pool sits are taken for the group's.
     * A unit whose worker was lost ran from ``began`` of the ``worker_lost`` event, else from when the worker had last
       finished something, until the loss was seen.
 
@@ -99,8 +104,9 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
     if not workers:
         return []
     end = float(run[-1]["time"])
-    spans = there(workers, end, ended=any(event["event"] == "run_done" for event in run))
-    busy: dict[Slot, list[Task]] = {slot: _beside(run, workers, slot) for slot in spans}
+    gone = {str(event.get("node")): float(event["time"]) for event in run if event["event"] == "node_lost"}
+    spans = there(workers, end, ended=any(event["event"] == "run_done" for event in run), gone=gone)
+    busy: dict[Slot, list[Task]] = {slot: _groups(run, workers, slot, end) for slot in spans}
     for name, worker in workers.items():
         for slot in worker.slots:
             busy[slot] += [(worker.start, worker.up, f"start of worker {name}"), *worker.done, *worker.cut]
@@ -114,16 +120,14 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
     return uses
 
 
-def _beside(run: Sequence[Event], workers: Mapping[str, Seated], slot: Slot) -> list[Task]:
-    """Units that ran on a slot's GPU in no worker of the pool: in a group of workers of its own."""
+def _groups(run: Sequence[Event], workers: Mapping[str, Seated], slot: Slot, end: float) -> list[Task]:
+    """What groups of workers did while no worker of the pool sat in a slot: it is taken for theirs."""
+    sat = union([(w.start, end if w.end is None else w.end) for w in workers.values() if slot in w.slots])
     return [
-        (*when(event), told(event))
+        (start, stop, told(event))
         for event in run
-        if event["event"] in ("unit", "merge")
-        and "began" in event
-        and str(event.get("worker")) not in workers
-        and str(event.get("node")) == slot[0]
-        and slot[1] in map(str, event.get("gpu_ids") or ())
+        if event["event"] == "unit" and event.get("worker") == GROUP and "began" in event
+        for start, stop in without(when(event), sat)
     ]
 
 
@@ -181,11 +185,12 @@ def _units(run: Sequence[Event], workers: Mapping[str, Seated]) -> dict[Group, _
     found: dict[Group, _Units] = defaultdict(lambda: _Units([], {}))
     pause = next((float(event["backoff_seconds"]) for event in run if "backoff_seconds" in event), _BACKOFF)
     last = {name: worker.up for name, worker in workers.items()}
+    broke: float | None = None  # when a unit was begun that broke its worker
     for event in run:
         kind, units, time = event["event"], found[str(event.get("step")), event.get("model")], float(event["time"])
         name, attempt, worker = str(event.get("unit")), int(event.get("attempt") or 1), str(event.get("worker"))
         if kind == "ready":
-            if "key" in event and event["key"] is None:
+            if event.get("merge") or ("key" in event and event["key"] is None):
                 units.asked = units.asked or event
                 continue
             units.ready += [time] * int(event.get("units") or 0)
@@ -198,6 +203,15 @@ def _units(run: Sequence[Event], workers: Mapping[str, Seated]) -> dict[Group, _
             units.tries.setdefault((name, attempt), lost_start(event, last.get(worker, time)))
             backoff = event.get("backoff")
             units.again[name, attempt] = time + (pause * 2 ** (attempt - 1) if backoff is None else float(backoff))
+        elif kind == "worker_stop" and event.get("reason") == FAILED:
+            broke = last.get(worker)
+        elif kind == "retry" and name != "merge":  # the event has the number of the next try
+            units.tries.setdefault((name, attempt - 1), time if broke is None else broke)
+            units.again[name, attempt - 1] = time + float(event.get("pause") or 0.0)
+            broke = None
+        elif kind == "unit_failed" and name != "merge":
+            units.tries.setdefault((name, int(event.get("attempts") or 1)), time if broke is None else broke)
+            broke = None
         elif kind == "step_done" or (kind == "merge" and "began" in event):
             stop = float(event.get("began", time))
             units.done = stop if units.done is None else min(units.done, stop)
@@ -242,7 +256,9 @@ def _gaps(
             during(start, worker.end, "hold", model)
             for slot in worker.slots:
                 during(start, worker.end, "here", (slot, model))
-    state: dict[str, Counter[Any]] = {what: Counter() for what in ("idle", "wait", "hold", "here")}
+        if worker.first is not None:
+            during(worker.start, worker.ready, "prepare", worker.first)
+    state: dict[str, Counter[Any]] = {what: Counter() for what in ("idle", "wait", "hold", "here", "prepare")}
     opened: dict[Slot, tuple[float, dict[str, int]]] = {}
     gaps = []
     for time in sorted(changes):
@@ -259,6 +275,10 @@ def _gaps(
 def _could(state: Mapping[str, Counter[Any]], waits: Sequence[_Wait]) -> dict[Slot, dict[str, int]]:
     """Idle slots for which units wait, with how many of which."""
     waiting = [(waits[number], count) for number, count in state["wait"].items() if count > 0]
+    queued = Counter[str | None]()
+    for wait, count in waiting:
+        queued[wait.model] += count
+    waiting = [(wait, count) for wait, count in waiting if queued[wait.model] > state["prepare"][wait.model]]
     slots = [slot for slot, count in state["idle"].items() if count > 0] if waiting else []
     idle = Counter(node for node, _ in slots)
     found: dict[Slot, dict[str, int]] = {}

@@ -12,6 +12,7 @@ Event = Mapping[str, Any]
 Span = tuple[float, float]
 Slot = tuple[str, str]  # node, and the GPU's number there (or "core N" on machines without GPUs)
 Task = tuple[float, float, str]  # from, to, and what it was
+FAILED, GROUP = "failed", "group"  # why a worker stopped; who did what several workers do together
 WORK = ("unit", "merge", "model_load")
 
 
@@ -29,6 +30,7 @@ class Seated:
         done: What it finished.
         cut: What it was at when it was lost.
         loads: When it began to load which model.
+        loaded: When the first of them was loaded.
     """
 
     slots: list[Slot]
@@ -40,11 +42,22 @@ class Seated:
     done: list[Task] = field(default_factory=list)
     cut: list[Task] = field(default_factory=list)
     loads: dict[str, float] = field(default_factory=dict)
+    loaded: float = 0.0
 
     @property
     def last(self) -> float:
         """When it was last heard of: the end of what it finished last."""
         return max([self.up, *(stop for _, stop, _ in self.done)])
+
+    @property
+    def first(self) -> str | None:
+        """The model that it was started for: the one that it loaded first."""
+        return min(self.loads, key=lambda model: self.loads[model], default=None)
+
+    @property
+    def ready(self) -> float:
+        """When it had started and loaded that model, or began a unit that loaded it."""
+        return max(self.up, min([self.loaded, *(start for start, stop, _ in self.done if stop > self.loaded)]))
 
 
 def seated(run: Sequence[Event]) -> dict[str, Seated]:
@@ -72,10 +85,13 @@ def _note(worker: Seated, event: Event) -> None:
         start, stop = when(event)
         worker.done.append((start, stop, told(event)))
         if kind == "model_load":
+            worker.loaded = stop if not worker.loads else worker.loaded
             worker.loads.setdefault(str(event.get("model")), start)
     elif kind in ("worker_stop", "worker_lost"):
         if kind == "worker_lost" and event.get("unit") is not None:
             worker.cut.append((lost_start(event, worker.last), time, f"{told(event)}, lost"))
+        elif event.get("reason") == FAILED:
+            worker.cut.append((worker.last, time, "a unit that failed"))
         worker.lost |= kind == "worker_lost" or event.get("reason") in ("lost", "hung")
         worker.end = time if worker.end is None else worker.end
 
@@ -115,13 +131,14 @@ def _seat(workers: Mapping[str, Seated]) -> None:
         free[worker.node].append((float("inf") if worker.end is None else worker.end, number))
 
 
-def there(workers: Mapping[str, Seated], end: float, *, ended: bool) -> dict[Slot, Span]:
+def there(workers: Mapping[str, Seated], end: float, *, ended: bool, gone: Mapping[str, float]) -> dict[Slot, Span]:
     """When each slot was there, and known about (see :func:`~clifflab.runtime.audit_idle.slot_uses`).
 
     Args:
         workers: From :func:`seated`.
         end: When the run's last event was written.
         ended: Whether that was its end; a run that was killed leaves unknown what its workers did last.
+        gone: When which node was seen to be gone.
     """
     first: dict[str, float] = defaultdict(lambda: float("inf"))
     heard: dict[str, float] = defaultdict(lambda: float("-inf"))
@@ -132,9 +149,9 @@ def there(workers: Mapping[str, Seated], end: float, *, ended: bool) -> dict[Slo
     found: dict[Slot, Span] = {}
     for slot in {slot for worker in workers.values() for slot in worker.slots}:
         last = max((worker for worker in workers.values() if slot in worker.slots), key=lambda worker: worker.up)
-        stop = end
+        stop = min(end, gone.get(slot[0], end))
         if last.lost and last.end is not None and heard[slot[0]] <= last.end:
-            stop = last.end
+            stop = min(stop, last.end)
         elif not ended and last.end is None:
             stop = last.last
         found[slot] = (first[slot[0]], max(stop, first[slot[0]]))

@@ -18,7 +18,7 @@ def times_by_step(runs: Sequence[Sequence[Event]]) -> list[dict[str, Any]]:
         begun: dict[tuple[str, Any], list[float]] = defaultdict(list)
         for event in run:
             group = (str(event.get("step")), event.get("model"))
-            if event["event"] == "ready":
+            if event["event"] == "ready" and not event.get("merge"):
                 ready[group] += [event["time"]] * int(event.get("units") or 0)
             if event["event"] not in ("unit", "merge"):
                 continue

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clifflab.errors import shorten
-from clifflab.runtime.audit import Audit
+from clifflab.runtime.audit import Audit, place
 from clifflab.runtime.audit_idle import Gap
 from clifflab.runtime.status_view import duration
 
@@ -65,12 +65,12 @@ def _rules(found: Audit) -> Iterable[str]:
 
 
 def _slots(found: Audit) -> Table:
-    table = _table(("node", "GPU"), ("there", "busy", "", "idle while units waited", "longest"))
+    table = _table(("node", "place"), ("there", "busy", "", "idle while units waited", "longest"))
     for slot in found.slots[: 3 * _MOST]:
         share = f"{100 * slot.busy_s / slot.there_s:.0f}%" if slot.there_s else "-"
         longest = _seconds(slot.gaps[0].seconds) if slot.gaps else "-"
         times = (_seconds(slot.there_s), _seconds(slot.busy_s), share, _seconds(slot.idle_s), longest)
-        table.add_row(Text(shorten(slot.node, 14)), Text(shorten(slot.gpu, 10)), *times)
+        table.add_row(Text(shorten(slot.node, 14)), Text(shorten(place(slot.gpu), 12)), *times)
     if len(found.slots) > 3 * _MOST:
         table.add_row(f"and {len(found.slots) - 3 * _MOST} more")
     return table
@@ -79,7 +79,9 @@ def _slots(found: Audit) -> Table:
 def _gap(gap: Gap, found: Audit) -> Iterable[str]:
     began = min(run["began"] for run in found.runs)
     waiting = ", ".join(f"{count} of {name}" for name, count in list(gap.waiting.items())[:3])
-    yield shorten(f"GPU {gap.gpu} of {gap.node[:14]} idle {_seconds(gap.seconds)} from {gap.began - began:.1f} s", 100)
+    yield shorten(
+        f"{place(gap.gpu)} of {gap.node[:14]} idle {_seconds(gap.seconds)} from {gap.began - began:.1f} s", 100
+    )
     yield shorten(f"  after {gap.before}, until {gap.after}; waiting: {waiting}", 200)
 
 
@@ -107,9 +109,9 @@ def _reasons(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _told(entry: Mapping[str, Any]) -> str:
-    of = f" of {entry['model']}" if entry.get("model") else ""
     what = f"{entry.get('step') or ''} {entry.get('unit') or ''}".strip()
-    return shorten(f"{what}{of}".strip() or f"worker {entry.get('worker')}", 100)
+    parts = [part for part in (what, entry.get("model")) if part]
+    return shorten(" of ".join(parts) or f"worker {entry.get('worker')}", 100)
 
 
 def _seconds(value: float | None) -> str:

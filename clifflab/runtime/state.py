@@ -138,7 +138,7 @@ class RunState:
             self._seen.add("ready")
             for known in self._steps.values():
                 known.ready = len(known.done) + len(known.failed)
-        if step := self._steps.get(pair_of(event)):
+        if (step := self._steps.get(pair_of(event))) and not event.get("merge"):
             step.ready += count_of(event, "units")
 
     def _on_unit(self, event: Event) -> None:
@@ -172,8 +172,9 @@ class RunState:
     def _on_model_failed(self, event: Event) -> None:
         model = str(event.get("model"))
         self._failed.setdefault(model, {"step": event.get("step"), "error": shorten(event.get("error", ""), 300)})
+        self._dropped |= {model, *map(str, event.get("models") or ())}
         for (_, owner), step in self._steps.items():
-            if owner == model and step.state == RUNNING:
+            if owner in self._dropped and step.state == RUNNING:
                 step.state = FAILED
         self._fail(event)
 
@@ -200,6 +201,7 @@ class RunState:
         self._ended = self._error = ""
         self._steps: dict[Pair, StepState] = {}
         self._failed: dict[str, dict[str, Any]] = {}
+        self._dropped: set[str] = set()  # failed models, and those that follow from them
         self._failures: list[dict[str, Any]] = []
         self._workers: dict[str, dict[str, Any]] = {}
         self._ended_workers: set[str] = set()
@@ -239,7 +241,7 @@ class RunState:
         failure = self._failed.get(name)
         planned = {step for step, model in self._plan if model == name}
         whole = {step["step"] for step in steps if step["state"] == DONE}
-        if failure:
+        if failure or name in self._dropped:
             own = FAILED
         elif state in (DONE, PARTIAL) or (self._plan and planned <= whole):
             own = DONE
@@ -270,7 +272,7 @@ class RunState:
         """Seconds that the begun steps still take, and how many steps that leaves out."""
         to_come = max(0, (self._total or 0) - len(self._steps))
         if self._plan:  # steps of failed models will not come
-            to_come = sum(pair not in self._steps and pair[1] not in self._failed for pair in self._plan)
+            to_come = sum(pair not in self._steps and pair[1] not in self._dropped for pair in self._plan)
         seconds, untimed = time_left(self._steps, len(self._workers) or self._places)
         return seconds, to_come + untimed
 
@@ -278,7 +280,9 @@ class RunState:
         workers = self._workers if state == RUNNING else {}
         entries = [{"worker": name, **about} for name, about in workers.items()]
         nodes = {entry["node"] for entry in entries}
-        return {"now": len(entries), "nodes": len(nodes), "places": self._places, "gpus": self._gpus, "list": entries}
+        without = sum(entry["kind"] == "cpu" for entry in entries)
+        places = {"places": self._places, "gpus": self._gpus, "nodes": len(nodes)}
+        return {"now": len(entries), "without_gpu": without, **places, "list": entries}
 
 
 def _as_study(event: Event) -> list[Event]:

@@ -89,7 +89,7 @@ def pair_of(event: Event) -> Pair:
 def count_of(event: Event, name: str) -> int:
     """A whole number of an event; 0 where it has none."""
     value = event.get(name)
-    return value if isinstance(value, int) else 0
+    return int(value) if isinstance(value, int | float) else 0
 
 
 def seconds_of(event: Event) -> float:

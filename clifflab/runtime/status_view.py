@@ -89,9 +89,11 @@ def _facts(snapshot: Mapping[str, Any]) -> list[Text]:
     if snapshot["state"] == "running":
         facts["left"] = _left(snapshot)
         nodes = f" on {workers['nodes']} node{'s' if workers['nodes'] != 1 else ''}" if workers["nodes"] else ""
+        beside = workers.get("without_gpu", 0)
         places = f" of {workers['places']} places" if workers["places"] else ""
+        more = f", and {beside} without a GPU" if beside else ""
         inline = snapshot["runtime"] == "inline"
-        facts["workers"] = "the run's own process" if inline else f"{workers['now']}{places}{nodes}"
+        facts["workers"] = "the run's own process" if inline else f"{workers['now'] - beside}{places}{nodes}{more}"
         if silent > _SILENT:
             facts["silent"] = f"nothing heard for {duration(silent)}"
     if snapshot["state"] == "stopped":
