@@ -321,6 +321,10 @@ def test_no_model_takes_a_name_of_the_studys_own(tmp_path: Path) -> None:
             parse_study(small_study(prompts=sets))
         with pytest.raises(ConfigError, match=r"repair\.corpus\.0\.name: "):
             parse_study(small_study(repair={"corpus": [{"name": name, "path": "p", "label": "unlabelled"}]}))
+    for path in ("x" * 300, "a/" * 3000, "a\0b", "~no-such-user/x"):
+        for model in ({"path": path}, {"path": "p", "adapter": path}):
+            with pytest.raises(ConfigError, match=r"models\.0\.(path|adapter): "):
+                models_of({"name": "m", **model})
     names = ["Llama-3.1-8B", "a", "q4_k.gguf", "x" * 80]
     assert [model["name"] for model in models_of(*({"name": name, "path": "p"} for name in names))] == names
     with pytest.raises(ConfigError, match="'Qwen' and 'qwen' differ only by case"):

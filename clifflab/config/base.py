@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ OWN_FOLDERS = frozenset({"corpus", "figures", "files", "logs", "repair"})
 OWN_SUFFIXES = (
     ".html", ".json", ".jsonl", ".lock", ".log", ".parquet", ".pdf", ".png", ".safetensors", ".tmp", ".txt", ".yaml",
 )  # fmt: skip
+_LONGEST_PART, _LONGEST_PATH = 255, 4000  # bytes
 
 
 class Section(BaseModel):
@@ -34,6 +36,20 @@ def model_name(value: str) -> str:
     slug(value)
     if value.casefold() in OWN_FOLDERS or value.casefold().endswith(OWN_SUFFIXES):
         raise ValueError("is or may become a name of the study's own in its results; choose another")
+    return value
+
+
+def possible_path(value: str) -> str:
+    """Check that text can be asked for as a path: the system answers some with errors of its own."""
+    parts = [part.encode("utf-8", "surrogatepass") for part in value.split("/")]
+    if max(map(len, parts)) > _LONGEST_PART or sum(map(len, parts)) + len(parts) > _LONGEST_PATH:
+        raise ValueError("is too long for a path")
+    if "\0" in value:
+        raise ValueError("holds a zero byte")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with ~ and a name that no user here has") from None
     return value
 
 

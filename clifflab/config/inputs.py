@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from clifflab.config.base import Section, Slug, model_name, slug
+from clifflab.config.base import Section, Slug, model_name, possible_path, slug
 from clifflab.text.formats import FORMATS
 
 COLUMN_ROLES = ("prompt", "messages", "id", "group", "label", "thinking", "response", "category", "target")
@@ -48,6 +48,11 @@ class ModelSpec(Section):
     replicas: Literal["auto"] | int = "auto"
 
     _check_name = field_validator("name")(model_name)
+
+    @field_validator("path", "adapter")
+    @classmethod
+    def _possible(cls, value: str | None) -> str | None:
+        return value if value is None else possible_path(value)
 
     @property
     def repairs(self) -> str | None:
@@ -104,6 +109,7 @@ class PromptSet(Section):
     ood: bool = False
 
     _check_name = field_validator("name")(slug)
+    _check_path = field_validator("path")(possible_path)
 
     @field_validator("columns")
     @classmethod
