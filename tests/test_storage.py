@@ -138,7 +138,7 @@ def test_a_change_within_a_second(s3: Bucket, opened: Open) -> None:
     s3.changed.clear()
     s3.objects["runs/study/a"] = b"2"
     when = os.stat(other.root / "a").st_mtime
-    s3.changed["runs/study/a"] = other._seen["a"].remote.when or when
+    s3.changed["runs/study/a"] = other._here.seen["a"].remote.when or when
     other.pull()
     assert content(other) == {"a": b"2"}
     before = s3.count("GET /shelf/")
@@ -524,14 +524,18 @@ def test_what_jobs_read() -> None:
     assert ".work/_study/report/report-None00000" in report
 
 
-def test_a_study_in_a_bucket_is_the_one_on_a_disk(s3: Bucket, opened: Open, tmp_path: Path) -> None:
-    """Every job in a fresh folder, as if each ran on a machine of its own; then again, where nothing is left to do."""
-    sets = [("benign", "benign"), ("harmful", "harmful"), ("wrapped_strong", "harmful")]
-    few = [{"name": name, "path": f"organism:{name}", "label": label, "limit": 20} for name, label in sets]
-    study = parse(small_study(prompts=few, truncation={"traces": 2}, probe={"min_examples": 6, **FEW}))
+def test_a_study_in_a_bucket_is_the_one_on_a_disk(
+    s3: Bucket, opened: Open, tmp_path: Path, existing_traces: Path
+) -> None:
+    """Merges and first units in fresh folders, as on machines of their own; then again, with nothing left to do."""
+    written = {"name": "written", "path": str(existing_traces), "label": "harmful", "existing": True, "limit": 40}
+    sets = [{**written, "columns": {"label": "label"}}]
+    probe, cliff = {"min_examples": 6, **FEW}, {"bootstrap": 50}
+    study = parse(small_study(prompts=sets, truncation={"traces": 2}, probe=probe, cliff=cliff))
     local = run(study, tmp_path / "runs", runtime="inline").root
 
-    prepared, driver = prepare(study), opened(name="small")
+    prepared, driver, workers = prepare(study), opened(name="small"), [opened(name="small") for _ in range(2)]
+    held: dict[str, Any] = {}
     with driver.lock():
         driver.pull()
         context = identify(prepared, driver.root)
@@ -541,8 +545,11 @@ def test_a_study_in_a_bucket_is_the_one_on_a_disk(s3: Bucket, opened: Open, tmp_
             files.open((name, model))
             jobs = [Job(name, model, unit) for unit in STEPS[name].plan(context, model)]
             for number, job in enumerate([*jobs, Job(name, model)]):
-                store = opened(name="small", scratch=tmp_path / "one" / f"{name}-{number}")
+                # Of many units two workers do the most.
+                fresh = number == 0 or job.unit is None
+                store = opened(name="small") if fresh else workers[number % 2]
                 worker = Worker(prepared, store, context.identities)
+                worker.context._held = held  # the folder is fresh, not the model
                 result = mirror_job(
                     store, reads_of(worker.context, job), lambda w=worker, j=job: w.do(j), lambda r: r.error is None
                 )

@@ -17,10 +17,11 @@ from clifflab.runtime.storage_address import address_of, local_root
 from clifflab.runtime.storage_check import check_output as check_output
 from clifflab.runtime.storage_check import left_probe as left_probe
 from clifflab.runtime.storage_check import seen_probes as seen_probes
+from clifflab.runtime.storage_folder import Local
 from clifflab.runtime.storage_jobs import mirror_job as mirror_job
 from clifflab.runtime.storage_jobs import outputs_of as outputs_of
 from clifflab.runtime.storage_jobs import reads_of as reads_of
-from clifflab.runtime.storage_mirror import Local, MirrorStore
+from clifflab.runtime.storage_mirror import MirrorStore
 from clifflab.runtime.storage_scratch import Scratch
 
 
