@@ -18,7 +18,11 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
+        "submit": ("clifflab.cli.submit", "Send a study, a scoring or a tuning to a cluster."),
         "status": ("clifflab.cli.status", "Where a run stands: models, steps, units, speed, time left."),
+        "logs": ("clifflab.cli.jobs:logs", "Show what a submitted job prints."),
+        "stop": ("clifflab.cli.jobs:stop", "Stop a submitted job; submitted again, it continues."),
+        "ls": ("clifflab.cli.jobs:ls", "List the jobs of a cluster."),
         "score": ("clifflab.cli.score", "Score every trace of a corpus of any size, exactly once."),
         "select": ("clifflab.cli.select", "Choose the examples of a repair from scored traces."),
         "tune": ("clifflab.cli.tune", "Fine-tune a model on chosen examples, on one or more workers."),
@@ -45,8 +49,8 @@ class LazyGroup(click.Group):
 
         if cmd_name not in self.commands_of:
             return None
-        module = importlib.import_module(self.commands_of[cmd_name][0])
-        command: click.Command = module.command
+        module, _, name = self.commands_of[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name or "command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,0 +1,152 @@
+"""``clifflab submit``: the same work on a cluster."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clifflab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clifflab.runtime.submit.client import Cluster
+    from clifflab.runtime.submit.ids import JobView
+    from clifflab.runtime.submit.plan import Plan
+
+TASKS = ("score", "tune")
+_LEFT = "clifflab.options"
+
+
+class SubmitCommand(click.Command):
+    """Options may stand before and after STUDY; what follows ``score`` or ``tune`` belongs to those."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the options of a task aside."""
+        ctx.allow_interspersed_args = False
+        _, rest, _ = self.make_parser(ctx).parse_args(list(args))
+        ctx.allow_interspersed_args = True
+        if rest and rest[0] in TASKS:
+            ctx.meta[_LEFT] = list(rest[1:])
+            args = args[: len(args) - len(rest) + 1]
+        return super().parse_args(ctx, args)
+
+
+def address_option(command: Any) -> Any:
+    """``--address`` of all commands that talk to a cluster."""
+    return click.option(
+        "--address",
+        metavar="URL",
+        help="The cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]",
+    )(command)
+
+
+@click.command("submit", cls=SubmitCommand)
+@click.argument("study", metavar="STUDY | score OPTIONS... | tune OPTIONS...")
+@address_option
+@click.option("--follow", "-f", is_flag=True, help="Show what the job prints until it ends; its exit code is returned.")
+@click.option("--name", metavar="NAME", help="Of the job. [default: the study's]")
+@click.option("--out", metavar="DIR|URI", help="Results go to DIR/<study name>/, which all nodes see. [default: runs]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: traces.samples=4")
+@click.option("--data", metavar="DIR", help="Prompt files that are not beside the study are looked for in DIR.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Environment of the job; repeatable. No secrets.")
+@click.option("--python", default="python", show_default=True, metavar="PATH", help="The interpreter on the nodes.")
+@click.option("--no-check", is_flag=True, help="Send it without asking the nodes first.")
+@click.option(
+    "--max-upload", type=click.IntRange(1, 500), default=100, show_default=True, metavar="MB", help="Most to upload."
+)
+@click.pass_context
+def command(
+    ctx: click.Context, study: str, address: str | None, follow: bool, name: str | None, out: str | None,
+    overrides: tuple[str, ...], data: str | None, env: tuple[str, ...], python: str, no_check: bool, max_upload: int,
+) -> None:  # fmt: skip
+    """Send a study to a cluster as a Ray job, or clifflab score and clifflab tune with their options.
+
+    Only what the study names is uploaded. Before that, address, token, versions, GPUs, output and models are checked
+    on every node. Sent twice, a job that runs is found again, and one that ended continues.
+
+    \b
+    Exit codes: 0 sent, or it runs already; 2 wrong input, or a cluster that cannot do it (one line says why).
+    With --follow the job's own: 0 done; 1, 2, 3, 4 as clifflab run; 130 stopped, or Ctrl-C here (the job goes on).
+    """
+    from clifflab.runtime.submit.package import Package
+    from clifflab.runtime.submit.send import check_name, parse_env
+
+    environment, package = parse_env(env), Package(max_upload)
+    if study in TASKS:
+        for option, value in {"--out": out, "--set": overrides, "--data": data}.items():
+            if value:
+                raise ConfigError(option, value, "belongs to a study", f"give it after {study}, as it calls it")
+        plan = _task(study, ctx.meta.get(_LEFT, []), check_name(name), package)
+    else:
+        plan = _study(study, overrides, data, out or "runs", check_name(name), package)
+    from clifflab.runtime.submit.client import connect
+    from clifflab.runtime.submit.send import submit
+
+    cluster = connect(address)
+    note = lambda text: click.echo(f"clifflab: {text}", err=True)  # noqa: E731
+    sent = submit(cluster, plan, env=environment, python=python, check=not no_check, note=note)
+    again = f" --address {address}" if address else ""
+    job = sent.job
+    if sent.new:
+        note(f"sent as {job.id}; results go to {job.out}")
+    else:
+        note(f"runs already as {job.id}: not sent again")
+    click.echo(job.id)
+    if follow:
+        sys.exit(follow_to_end(cluster, job, again))
+    note(f"follow it: clifflab logs -f {job.id}{again}; stop it: clifflab stop {job.id}{again}")
+
+
+def follow_to_end(cluster: Cluster, job: JobView, again: str) -> int:
+    """Show a job until it ends; returns the exit code. Ctrl-C leaves it running."""
+    from clifflab.cli.watching import JobScreen
+    from clifflab.runtime.submit.follow import follow
+
+    screen = JobScreen()
+    try:
+        ended = follow(cluster, job, screen)
+    except KeyboardInterrupt:
+        screen.close()
+        hint = f"follow it: clifflab logs -f {job.id}{again}; stop it: clifflab stop {job.id}{again}"
+        click.echo(f"clifflab: no longer followed; {job.id} goes on. {hint}", err=True)
+        return 130
+    finally:
+        screen.close()
+    if ended.exit:
+        why = f": {ended.message.splitlines()[0]}" if ended.exit_code is None and ended.message else ""
+        click.echo(f"clifflab: {job.id} {ended.status} (exit code {ended.exit}){why}", err=True)
+    return ended.exit
+
+
+def _study(
+    study: str, overrides: tuple[str, ...], data: str | None, out: str, name: str | None, package: Any
+) -> Plan:  # fmt: skip
+    from clifflab.cli.run import find_study
+    from clifflab.runtime.submit.plan import plan_study
+    from clifflab.studyfile import load_study
+
+    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    return plan_study(loaded, out, name, package)
+
+
+def _task(kind: str, left: list[str], name: str | None, package: Any) -> Plan:
+    from click.core import ParameterSource
+
+    from clifflab.cli import cli
+    from clifflab.cli.run import find_study
+    from clifflab.runtime.submit.plan import plan_task
+
+    task = cli.get_command(click.get_current_context(), kind)
+    assert task is not None
+    parsed = task.make_context(kind, left)
+    options: list[tuple[str, str | None]] = []
+    for param in task.params:
+        if parsed.get_parameter_source(param.name or "") is not ParameterSource.COMMANDLINE:
+            continue
+        value = parsed.params[param.name or ""]
+        for one in value if param.multiple else [value]:
+            text = str(find_study(one)) if param.name == "study" else str(one)
+            options.append((param.opts[0], None if getattr(param, "is_flag", False) else text))
+    return plan_task(kind, options, name, package)

@@ -1,0 +1,1 @@
+"""Sending work to a cluster as Ray jobs: what is sent, under which name, and what is checked before."""
