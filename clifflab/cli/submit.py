@@ -33,13 +33,11 @@ class SubmitCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-def address_option(command: Any) -> Any:
-    """``--address`` of all commands that talk to a cluster."""
-    return click.option(
-        "--address",
-        metavar="URL",
-        help="The cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]",
-    )(command)
+address_option = click.option(
+    "--address",
+    metavar="URL",
+    help="The cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]",
+)
 
 
 @click.command("submit", cls=SubmitCommand)
@@ -85,18 +83,17 @@ def command(
     from clifflab.runtime.submit.send import submit
 
     cluster = connect(address)
-    note = lambda text: click.echo(f"clifflab: {text}", err=True)  # noqa: E731
-    sent = submit(cluster, plan, env=environment, python=python, check=not no_check, note=note)
+    sent = submit(cluster, plan, env=environment, python=python, check=not no_check, note=_note)
     again = f" --address {address}" if address else ""
     job = sent.job
     if sent.new:
-        note(f"sent as {job.id}; results go to {job.out}")
+        _note(f"sent as {job.id}; results go to {job.out}")
     else:
-        note(f"runs already as {job.id}: not sent again")
+        _note(f"runs already as {job.id}: not sent again")
     click.echo(job.id)
     if follow:
         sys.exit(follow_to_end(cluster, job, again))
-    note(f"follow it: clifflab logs -f {job.id}{again}; stop it: clifflab stop {job.id}{again}")
+    _note(f"follow it: clifflab logs -f {job.id}{again}; stop it: clifflab stop {job.id}{again}")
 
 
 def follow_to_end(cluster: Cluster, job: JobView, again: str) -> int:
@@ -118,6 +115,10 @@ def follow_to_end(cluster: Cluster, job: JobView, again: str) -> int:
         why = f": {ended.message.splitlines()[0]}" if ended.exit_code is None and ended.message else ""
         click.echo(f"clifflab: {job.id} {ended.status} (exit code {ended.exit}){why}", err=True)
     return ended.exit
+
+
+def _note(text: str) -> None:
+    click.echo(f"clifflab: {text}", err=True)
 
 
 def _study(

@@ -69,7 +69,7 @@ def check_nodes(out: str, name: str, paths: Sequence[str], timeout: float) -> li
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     token = secrets.token_hex(8)
     place = OutputProbe(out, name, token)
     place.begin()

@@ -158,7 +158,7 @@ def _ask(address: str, token: str | None) -> tuple[int, bytes] | BaseException:
         handlers.append(urllib.request.ProxyHandler({}))
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        request = urllib.request.Request(f"{address}/api/version", headers=headers)
+        request = urllib.request.Request(f"{address}/api/version", headers=headers)  # noqa: S310
         with urllib.request.build_opener(*handlers).open(request, timeout=SECONDS) as reply:
             return int(reply.status), reply.read(1 << 16)
     except urllib.error.HTTPError as error:

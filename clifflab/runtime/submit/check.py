@@ -1,6 +1,6 @@
 """The check before a job: runs on the cluster as a short job of its own, and prints one line of JSON.
 
-``python -m clifflab.runtime.submit.check REQUEST``, where REQUEST is the JSON of :func:`clifflab.runtime.submit.examine.request`.
+``python -m clifflab.runtime.submit.check REQUEST``; REQUEST is JSON (:func:`clifflab.runtime.submit.examine.request`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
     from clifflab.runtime.nodes import check_nodes
 
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
     found: dict[str, Any] = {
         "version": clifflab.__version__,
         "code": code_version(),
         "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
-        "free": {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")},
+        "free": {kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")},
         "nodes": [],
     }
     try:
