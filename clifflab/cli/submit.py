@@ -25,11 +25,11 @@ class SubmitCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Set the options of a task aside."""
         ctx.allow_interspersed_args = False
-        _, rest, _ = self.make_parser(ctx).parse_args(list(args))
+        found, left, _ = self.make_parser(ctx).parse_args(list(args))
         ctx.allow_interspersed_args = True
-        if rest and rest[0] in TASKS:
-            ctx.meta[_LEFT] = list(rest[1:])
-            args = args[: len(args) - len(rest) + 1]
+        if found.get("study") in TASKS:
+            ctx.meta[_LEFT] = list(left)
+            args = args[: len(args) - len(left)]
         return super().parse_args(ctx, args)
 
 

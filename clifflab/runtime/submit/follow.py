@@ -17,6 +17,7 @@ from clifflab.runtime.submit.status_lines import parse_line
 
 PATIENCE = 120.0  # seconds that a broken connection is tried anew
 _PAUSE = 1.0
+_EXIT_CODE = 3.0  # seconds in which Ray writes it after the end
 
 
 class Screen(Protocol):
@@ -148,7 +149,7 @@ async def _read(cluster: Cluster, submission_id: str, feed: _Feed) -> None:
 
 def _with_exit(cluster: Cluster, job: JobView) -> JobView:
     """The ended job with its exit code, which Ray writes a moment later."""
-    until = time.monotonic() + 3
+    until = time.monotonic() + _EXIT_CODE
     while job.exit_code is None and job.status in ("failed", "succeeded") and time.monotonic() < until:
         time.sleep(0.2)
         job = cluster.job(job.id) or job
