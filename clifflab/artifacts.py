@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import clifflab
-from clifflab.errors import InputError, OutputError
-from clifflab.pulse import beat
 from clifflab.errors import InputError, OutputError, shorten
+from clifflab.pulse import beat
 
 # Folders whose code decides results; the command line, runtimes and reports do not.
 _RESULT_CODE = ("data", "engines", "models", "organism", "repair", "science", "stages", "sweep", "text", "tuning")
