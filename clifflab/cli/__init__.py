@@ -18,8 +18,8 @@ class LazyGroup(click.Group):
 
     commands_of = {
         "run": ("clifflab.cli.run", "Run a study: prompts, traces, probes, cliffs, report."),
-        "status": ("clifflab.cli.status", "Where a run stands: models, steps, units, speed, time left."),
         "submit": ("clifflab.cli.submit", "Send a study, a scoring or a tuning to a cluster."),
+        "status": ("clifflab.cli.status", "Where a run stands: models, steps, units, speed, time left."),
         "logs": ("clifflab.cli.jobs:logs", "Show what a submitted job prints."),
         "stop": ("clifflab.cli.jobs:stop", "Stop a submitted job; submitted again, it continues."),
         "ls": ("clifflab.cli.jobs:ls", "List the jobs of a cluster."),
