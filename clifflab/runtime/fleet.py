@@ -8,7 +8,6 @@ doing one twice is harmless.
 from __future__ import annotations
 
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,10 @@ class Fleet:
         self._start_seconds = 0.0
         self._failed_starts = 0
         self._stuck_since: float | None = None
+        self._kept_for: tuple[str, str] | None = (
+            None  # a machine that is emptied, and the large model that waits for it
+        )
         self._told_of_stuck = False
-        self._stops: deque[tuple[Seat, str]] = deque()
         self.adopt(study, identities)
 
     def adopt(self, study: Study, identities: Identities) -> None:
@@ -149,13 +150,12 @@ class Fleet:
         if seat.kind == "cpu":
             return None
         found = [task for task in tasks if task.key not in (None, seat.key) and self._fits(seat, task.key)]
-        key = self._longest(found)
+        key = self._longest(found, seat)
         if key is None:
             return None
         if seat.key is not None and self._schedule.expects(seat.key):
             # It waits for its own model's next step at most as long as the change would cost.
-            cost = self._load_seconds.get(key, self._load_seconds.get(seat.key, 0.0))
-            cost += self._start_seconds if key in seat.seen else 0.0
+            cost = self._cost(key, seat) or self._load_seconds.get(seat.key, 0.0)
             if now - seat.since < min(self._settings.patience_seconds, cost):
                 return None
         if key in seat.seen:
@@ -169,16 +169,25 @@ class Fleet:
         assert key is not None
         return abs(self._need(key) - seat.gpus) < 1e-6 and self._workers(key) < self._most(key)
 
-    def _longest(self, tasks: list[Task]) -> str | None:
+    def _cost(self, key: str, seat: Seat | None = None) -> float:
+        """Seconds until a model could be in memory at a place, or at a new one: of the start of a worker, and the load."""
+        fresh = seat is None or key in seat.seen
+        return self._load_seconds.get(key, 0.0) + (self._start_seconds if fresh else 0.0)
+
+    def _longest(self, tasks: list[Task], seat: Seat | None = None) -> str | None:
         """The model with most waiting tasks a worker, of those where one more worker helps."""
         queues: dict[str, list[Task]] = {}
         for task in tasks:
             if task.key is not None:
                 queues.setdefault(task.key, []).append(task)
-        best = {key: len(queue) / (self._workers(key) + 1) for key, queue in queues.items() if self._helps(key, queue)}
+        best = {
+            key: len(queue) / (self._workers(key) + 1)
+            for key, queue in queues.items()
+            if self._helps(key, queue, self._cost(key, seat))
+        }
         return max(best, key=lambda key: best[key]) if best else None
 
-    def _helps(self, key: str, queue: list[Task]) -> bool:
+    def _helps(self, key: str, queue: list[Task], cost: float) -> bool:
         """Whether another worker would be there before those that are at it are done."""
         workers = self._workers(key)
         if not workers:
@@ -186,8 +195,7 @@ class Fleet:
         each = [self._schedule.mean_seconds(task.pair) for task in queue]
         if any(seconds is None for seconds in each):
             return len(queue) > self._coming(key)
-        left = sum(seconds for seconds in each if seconds) / workers
-        return left > self._load_seconds.get(key, 0.0)
+        return sum(seconds for seconds in each if seconds) / workers > cost
 
     def _begin(self, seat: Seat, task: Task, now: float) -> None:
         self._schedule.take(task)
@@ -204,6 +212,8 @@ class Fleet:
         if self._gangs.waiting:
             return
         tasks = self._schedule.waiting(now)
+        if self._kept_for and not any(task.key == self._kept_for[1] for task in tasks):
+            self._kept_for = None
         loose = [task for task in tasks if task.key is None]
         if loose and self._cpu_seats():
             mine = [seat for seat in self._seats if seat.kind == "cpu"]
@@ -227,9 +237,12 @@ class Fleet:
         if kind == "model" and limit != "auto" and sum(s.kind == "model" for s in self._seats) >= limit:
             return False
         need = 0.0 if kind == "cpu" else self._need(key)
-        node = self._nodes.spot(need, self._cpus(need), self._held(), now)
+        kept = set() if self._kept_for is None or key == self._kept_for[1] else {self._kept_for[0]}
+        node = self._nodes.spot(need, self._cpus(need), self._held(), now, kept if need else set())
         if node is None:
             return False
+        if self._kept_for and key == self._kept_for[1]:
+            self._kept_for = None
         self._open(key, node, need, kind)
         return True
 
@@ -264,12 +277,13 @@ class Fleet:
         for seat in idle:
             if abs(seat.gpus - need) > 1e-6:
                 self._retire(seat, "moved")
-        if need <= 1 or self._workers(key):
+        if need <= 1 or self._workers(key) or self._kept_for:
             return
         fitting = [node for node in self._nodes.alive if node.gpus >= need]
         if fitting:
             busy = {n.id: sum(s.task is not None for s in self._seats if s.node == n.id) for n in fitting}
             chosen = min(fitting, key=lambda node: busy[node.id])
+            self._kept_for = (chosen.id, key)  # no one else takes what becomes free there
             for seat in self._seats:
                 seat.leaving |= seat.node == chosen.id and seat.kind == "model"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,10 +140,20 @@ class Nodes:
         mine = [(gpus, cpus) for name, gpus, cpus in held if name == node.id]
         return node.gpus - sum(gpus for gpus, _ in mine), node.cpus - sum(cpus for _, cpus in mine)
 
-    def spot(self, gpus: float, cpus: float, held: list[tuple[str, float, float]], now: float) -> str | None:
-        """The machine for a new place: where it leaves least over, so that large places stay whole."""
+    def spot(
+        self, gpus: float, cpus: float, held: list[tuple[str, float, float]], now: float, kept: Collection[str] = ()
+    ) -> str | None:
+        """The machine for a new place: where it leaves least over, so that large places stay whole.
+
+        Args:
+            gpus: GPUs that it takes.
+            cpus: Cores that it takes.
+            held: Node, GPUs and cores of everything that the driver holds.
+            now: The time.
+            kept: Machines that are not asked.
+        """
         fitting = []
-        for node in self.alive:
+        for node in (node for node in self.alive if node.id not in kept):
             free_gpus, free_cpus = self.free(node, held)
             if node.blocked <= now and free_gpus >= gpus - 1e-6 and free_cpus >= cpus - 1e-6:
                 left = (free_gpus - gpus, free_cpus - cpus) if gpus else (free_gpus, -free_cpus)
