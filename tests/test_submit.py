@@ -20,12 +20,13 @@ import pytest
 import yaml
 
 from clifflab.cli import main
-from clifflab.errors import ClusterError, InputError, UserError
-from clifflab.runtime.nodes import NodeReport, OutputProbe, refuse_unseen, sees
+from clifflab.errors import ClusterError, InputError
+from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
+from clifflab.runtime.status import PREFIX
+from clifflab.runtime.storage_check import left_probe
 from clifflab.runtime.submit.follow import compact
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
 from clifflab.runtime.submit.package import Package
-from clifflab.runtime.submit.status_lines import PREFIX
 from clifflab.studyfile import load_study
 from tests.jobserver import Job, JobServer, node
 from tests.studies import small_study
@@ -436,24 +437,14 @@ def test_findings_of_the_check(call: Call, study: Path, server: JobServer) -> No
     assert "all CPU cores are busy" in err
 
 
-def test_an_output_is_seen_from_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_seen_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clifflab.runtime.nodes._SETTLE", 0.1)
-    place = OutputProbe(str(tmp_path / "a" / "b"), "small", "t")
-    place.begin()
-    assert place.answer("n1") == ""
-    assert place.answered("n1")
-    place.end()
-    assert not (tmp_path / "a").exists(), "nothing is left"
-    (tmp_path / "runs").mkdir()
-    here = OutputProbe(str(tmp_path / "runs"), "small", "t")
-    here.begin()
-    elsewhere = OutputProbe(str(tmp_path / "other"), "small", "t")
-    assert "not seen" in elsewhere.answer("n2")
-    assert not here.answered("n2")
-    here.end()
-    assert list((tmp_path / "runs").iterdir()) == []
-    with pytest.raises(UserError, match="cannot write there"):
-        OutputProbe("/proc/runs", "small", "t").begin()
+    here, there = str(tmp_path / "runs"), str(tmp_path / "other disk")
+    with left_probe(here, "small", "t", "driver"):
+        assert sees_output(here, "small", "t", "n1") == ""
+        assert "not seen" in sees_output(there, "small", "t", "n2")
+        assert "cannot be written" in sees_output("/proc/runs", "small", "t", "n3")
+    assert not (tmp_path / "runs").exists(), "nothing is left"
 
 
 def test_paths_on_a_node(tmp_path: Path) -> None:

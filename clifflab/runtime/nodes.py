@@ -12,13 +12,12 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clifflab.errors import ClifflabError, InputError, OutputError, shorten, without_credentials
+from clifflab.errors import InputError, OutputError, shorten, without_credentials
 from clifflab.runtime.storage_check import check_output, left_probe
 
 _DRIVER = "driver"
@@ -35,7 +34,7 @@ class NodeReport:
         gpus: GPUs that Ray counts there.
         gpu_memory_mb: Memory of its smallest GPU; None where there is none, or it does not say.
         clifflab: Version of clifflab and its code there; None where it cannot be imported.
-        sees_output: Whether what it wrote there can be read where the driver is, and the other way round.
+        sees_output: Whether it can write there, and sees what the driver writes there.
         missing: Paths that it cannot see.
         free_mb: Free space where the output is, or of its temporary folder.
         problem: Why it does not see the output, or did not answer; empty where all is well.
@@ -56,7 +55,7 @@ class NodeReport:
         """The node for a reader."""
         return f"node {self.address} ({self.node})"
 
-    def without(self, paths: set[str]) -> NodeReport:
+    def without(self, paths: Collection[str]) -> NodeReport:
         """The report, where some paths do not count."""
         return replace(self, missing=tuple(path for path in self.missing if path not in paths))
 
@@ -71,16 +70,14 @@ def check_nodes(out: str, name: str, paths: Sequence[str], timeout: float) -> li
         timeout: Seconds for all nodes together.
 
     Raises:
-        OutputError: The driver itself cannot write there.
+        OutputError: The driver's own node cannot write there.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     token = secrets.token_hex(8)
-    place = OutputProbe(out, name, token)
-    place.begin()
-    try:
+    with left_probe(out, name, token, _DRIVER):
         ask = ray.remote(num_cpus=0, max_retries=0)(_task())
         sent = {}
         for node in nodes:
@@ -91,9 +88,7 @@ def check_nodes(out: str, name: str, paths: Sequence[str], timeout: float) -> li
         for ref in late:
             ray.cancel(ref, force=True)
             found[sent[ref]["NodeID"]] = {"problem": f"did not answer within {timeout:g} s"}
-        return [_report(node, found[node["NodeID"]], place) for node in nodes]
-    finally:
-        place.end()
+        return [_report(node, found[node["NodeID"]]) for node in nodes]
 
 
 def refuse_unseen(reports: Sequence[NodeReport], out: str) -> None:
@@ -127,10 +122,9 @@ def look(out: str, name: str, token: str, node: str, paths: Sequence[str]) -> di
     """What a node tells of itself; runs there."""
     from clifflab.artifacts import code_version
 
-    problem = OutputProbe(out, name, token).answer(node)
     return {
         "clifflab": code_version(),
-        "problem": problem,
+        "problem": sees_output(out, name, token, node),
         "missing": [path for path in paths if not sees(path)],
         "free_mb": _free_mb(out),
         "gpu_memory_mb": gpu_memory_mb(),
@@ -152,91 +146,20 @@ def sees(path: str) -> bool:
         return False
 
 
-class OutputProbe:
-    """A file in the output that the driver writes and every node answers with one of its own.
+def sees_output(out: str, name: str, token: str, node: str) -> str:
+    """Write, read and delete a file in the output, and look for the driver's; returns why that failed, or nothing.
 
-    Args:
-        out: Parent of the results.
-        name: Their folder.
-        token: Of this probe; makes its files' names unlike all others.
+    Called while the driver holds its own file there (:func:`~clifflab.runtime.storage_check.left_probe`).
     """
-
-    def __init__(self, out: str, name: str, token: str) -> None:
-        self._root = Path(out)
-        self._token = token
-        self._made: list[Path] = []
-        self._out, self._name = out, name
-        self._local = "://" not in out
-        self._left = ExitStack()
-
-    def begin(self) -> None:
-        """Write the driver's file; folders that are not there yet are made.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        if not self._local:
-            self._left.enter_context(left_probe(self._out, self._name, self._token, _DRIVER))
-            return
-        try:
-            missing = [folder for folder in (self._root, *self._root.parents) if not folder.exists()]
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = missing
-            self._file(_DRIVER).write_text(self._token)
-        except OSError as error:
-            problem = f"the head node cannot write there ({error.strerror or error})"
-            raise OutputError("--out", self._root, problem, "choose a folder that every node can write to") from None
-
-    def answer(self, node: str) -> str:
-        """Read the driver's file and write the node's; returns why that failed, or an empty text."""
-        if not self._local:
-            try:
-                seen = check_output(self._out, self._name, self._token, node)
-            except ClifflabError as error:
-                return str(error)
-            return "" if _DRIVER in seen else "what the head node writes there is not seen"
-        if not _within(lambda: self._holds(_DRIVER)):
-            return "what the head node writes there is not seen"
-        try:
-            self._file(node).write_text(self._token)
-        except OSError as error:
-            return f"cannot be written there: {error.strerror or error}"
-        return ""
-
-    def answered(self, node: str) -> bool:
-        """Whether the driver sees a node's file."""
-        return not self._local or _within(lambda: self._holds(node))
-
-    def end(self) -> None:
-        """Remove all files of this probe, and the folders that it made."""
-        if not self._local:
-            self._left.close()
-            return
-        for file in self._root.glob(f".clifflab-probe-{self._token}-*"):
-            file.unlink(missing_ok=True)
-        for folder in self._made:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
-
-    def _file(self, who: str) -> Path:
-        return self._root / f".clifflab-probe-{self._token}-{who}"
-
-    def _holds(self, who: str) -> bool:
-        try:
-            return self._file(who).read_text() == self._token
-        except OSError:
-            return False
-
-
-def _within(test: Callable[[], bool]) -> bool:
     until = time.monotonic() + _SETTLE
-    while not test():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
-    return True
+    try:
+        while _DRIVER not in check_output(out, name, token, node):
+            if time.monotonic() > until:
+                return "what the head node writes there is not seen"
+            time.sleep(0.2)
+    except OutputError as error:
+        return error.problem
+    return ""
 
 
 def _task() -> Callable[..., dict[str, Any]]:
@@ -261,10 +184,8 @@ def _answer(ray: Any, ref: Any) -> dict[str, Any]:
     return answer
 
 
-def _report(node: dict[str, Any], answer: dict[str, Any], place: OutputProbe) -> NodeReport:
+def _report(node: dict[str, Any], answer: dict[str, Any]) -> NodeReport:
     problem = str(answer.get("problem", ""))
-    if not problem and not place.answered(node["NodeID"]):
-        problem = "what it writes there is not seen by the head node"
     return NodeReport(
         node=node["NodeID"][:8],
         address=node["NodeManagerAddress"],

@@ -37,7 +37,8 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
         reports = check_nodes(request["out"], request["name"], request["paths"], request["seconds"])
         found["nodes"] = [asdict(report) for report in reports]
     except ClifflabError as error:
-        found["error"] = [getattr(error, part, "") for part in ("field", "value", "problem", "remedy")]
+        parts = [str(getattr(error, part, "")) for part in ("field", "value", "problem", "remedy")]
+        found["error"] = [parts[0], parts[1], f"on the head node: {parts[2]}", parts[3]]
     return found
 
 

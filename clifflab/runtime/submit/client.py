@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.errors import ClusterError
+from clifflab.runtime.status import parse_line
 from clifflab.runtime.submit.address import Head, reach
 from clifflab.runtime.submit.ids import JobView, pick
-from clifflab.runtime.submit.status_lines import parse_line
 from clifflab.runtime.submit.wire import Wire
 
 

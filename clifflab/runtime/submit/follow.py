@@ -11,9 +11,10 @@ from typing import Any, Protocol, cast
 import aiohttp
 
 from clifflab.errors import ClusterError
+from clifflab.runtime.status import parse_line
+from clifflab.runtime.status_view import duration
 from clifflab.runtime.submit.client import Cluster
 from clifflab.runtime.submit.ids import JobView
-from clifflab.runtime.submit.status_lines import parse_line
 
 PATIENCE = 120.0  # seconds that a broken connection is tried anew
 _PAUSE = 1.0
@@ -94,7 +95,7 @@ def compact(status: Mapping[str, Any]) -> str:
         failed = f", {units['failed']} failed" if units.get("failed") else ""
         parts.append(f"{units.get('done', 0)}/{units['total']} units{failed}")
     if (left := status.get("eta_s")) is not None:
-        parts.append(f"about {_duration(left)} left")
+        parts.append(f"about {duration(left)} left")
     return ", ".join(parts)
 
 
@@ -154,9 +155,3 @@ def _with_exit(cluster: Cluster, job: JobView) -> JobView:
         time.sleep(0.2)
         job = cluster.job(job.id) or job
     return job
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -144,6 +144,8 @@ def plan_task(kind: str, options: Sequence[tuple[str, str | None]], name: str | 
     if not output:
         raise ConfigError(_OUTPUT[kind], "(absent)", "is required", f"see clifflab {kind} --help")
     where = full_place(output)
+    if "://" in where:
+        raise ConfigError(_OUTPUT[kind], where, "is no folder", "give one that all nodes share")
     plan = Plan(kind, name or _slug(kind, where), where, where, package, lambda moved: [])
     data = _StudyData(plan)
     study = _study_of(values.get("--study"))
