@@ -11,15 +11,16 @@ import json
 import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from clifflab.errors import ClusterError, holds_credentials, shorten, without_credentials
+from clifflab.runtime.connect import token
 
 DEFAULT = "http://127.0.0.1:8265"
 SECONDS = 3.5  # for all questions together
@@ -54,12 +55,12 @@ def reach(given: str | None) -> Head:
             another version than the one here. Said within 4 seconds.
     """
     where, address = find_address(given)
-    secret = find_token()
-    status, body = _answer(where, address, None)
+    secret, until = find_token(), time.monotonic() + SECONDS
+    status, body = _answer(where, address, None, until)
     if status in (401, 403) and secret is None:
         raise ClusterError(where, address, "asks for a token, and none was found", _TOKEN_REMEDY)
     if status in (401, 403):
-        status, body = _answer(where, address, secret)
+        status, body = _answer(where, address, secret, until)
     else:
         secret = None  # it is shown only to those who ask
     if status in (401, 403):
@@ -102,29 +103,12 @@ def find_address(given: str | None) -> tuple[str, str]:
 
 
 def find_token() -> str | None:
-    """The token, from the places where Ray looks for it; None where there is none.
+    """The token, from the places where Ray looks for it; None where there is none, or none is wanted.
 
     Raises:
         ClusterError: ``RAY_AUTH_TOKEN_PATH`` names no file that holds one.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() not in ("token", ""):
-        return None
-    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return given
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if not named:
-        return _read(Path.home() / ".ray" / "auth_token")
-    found = _read(Path(named).expanduser())
-    if found is None:
-        raise ClusterError("RAY_AUTH_TOKEN_PATH", named, "no such file, or it is empty", "name the token's file")
-    return found
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
+    return token() if os.environ.get("RAY_AUTH_MODE", "token").lower() in ("token", "") else None
 
 
 def is_loopback(address: str) -> bool:
@@ -139,12 +123,12 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """Nowhere."""
 
 
-def _answer(where: str, address: str, token: str | None) -> tuple[int, bytes]:
+def _answer(where: str, address: str, secret: str | None, until: float) -> tuple[int, bytes]:
     """Status and body of ``/api/version``; in a thread, since the look-up of a name knows no time limit."""
     found: list[tuple[int, bytes] | BaseException] = []
-    thread = threading.Thread(target=lambda: found.append(_ask(address, token)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(_ask(address, secret)), daemon=True)
     thread.start()
-    thread.join(SECONDS / (2 if token else 1))
+    thread.join(max(0.1, until - time.monotonic()))
     if not found:
         raise ClusterError(where, address, f"does not answer within {SECONDS:g} s", "check the address and the network")
     if isinstance(found[0], BaseException):
@@ -152,11 +136,11 @@ def _answer(where: str, address: str, token: str | None) -> tuple[int, bytes]:
     return found[0]
 
 
-def _ask(address: str, token: str | None) -> tuple[int, bytes] | BaseException:
+def _ask(address: str, secret: str | None) -> tuple[int, bytes] | BaseException:
     handlers: list[urllib.request.BaseHandler] = [_Stay()]
     if is_loopback(address):
         handlers.append(urllib.request.ProxyHandler({}))
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     try:
         request = urllib.request.Request(f"{address}/api/version", headers=headers)  # noqa: S310
         with urllib.request.build_opener(*handlers).open(request, timeout=SECONDS) as reply:
