@@ -258,6 +258,10 @@ def test_models_are_read_in_place_or_uploaded(
     again.status = "STOPPED"
     server.found["nodes"][1] = node(address="10.0.0.2", missing=["/no/model"])
     refused(call("submit", str(study), "--set", "models.0.path=/no/model"), "models.path", "/no/model", "10.0.0.2")
+    two = "[{name: whole, path: 'organism:planted'}, {name: lost, path: /no/model}]"
+    code, _, err = call("submit", str(study), "--set", f"models={two}")
+    assert code == 0, "the other model is worth it"
+    assert "lost: /no/model: node 10.0.0.2 (aaaa1111) cannot see it, so this model will fail" in err
 
 
 # Names.

@@ -170,7 +170,7 @@ class Fleet:
         return abs(self._need(key) - seat.gpus) < 1e-6 and self._workers(key) < self._most(key)
 
     def _cost(self, key: str, seat: Seat | None = None) -> float:
-        """Seconds until a model could be in memory at a place, or at a new one: of the start of a worker, and the load."""
+        """Seconds until a model could be in memory at a place, or at a new one: of a worker's start, and the load."""
         fresh = seat is None or key in seat.seen
         return self._load_seconds.get(key, 0.0) + (self._start_seconds if fresh else 0.0)
 

@@ -12,12 +12,13 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clifflab.errors import InputError, OutputError, shorten, without_credentials
+from clifflab.runtime.storage_check import check_output, left_probe
 
 _DRIVER = "driver"
 _SETTLE = 3.0  # seconds until a file on a network drive is seen by others
@@ -54,7 +55,7 @@ class NodeReport:
         """The node for a reader."""
         return f"node {self.address} ({self.node})"
 
-    def without(self, paths: set[str]) -> NodeReport:
+    def without(self, paths: Collection[str]) -> NodeReport:
         """The report, where some paths do not count."""
         return replace(self, missing=tuple(path for path in self.missing if path not in paths))
 
@@ -73,8 +74,6 @@ def check_nodes(out: str, name: str, paths: Sequence[str], timeout: float) -> li
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from clifflab.runtime.storage_check import left_probe
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     token = secrets.token_hex(8)
@@ -152,8 +151,6 @@ def sees_output(out: str, name: str, token: str, node: str) -> str:
 
     Called while the driver holds its own file there (:func:`~clifflab.runtime.storage_check.left_probe`).
     """
-    from clifflab.runtime.storage_check import check_output
-
     until = time.monotonic() + _SETTLE
     try:
         while _DRIVER not in check_output(out, name, token, node):

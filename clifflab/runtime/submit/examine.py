@@ -57,14 +57,10 @@ def examine(cluster: Cluster, plan: Plan, env: Mapping[str, str], python: str) -
     names = {field.name for field in fields(NodeReport)}
     reports = [NodeReport(**{k: v for k, v in node.items() if k in names}) for node in found["nodes"]]
     unseen = frozenset(path for report in reports for path in report.missing)
-    refuse_unseen([_without(report, plan) for report in reports], plan.out)
-    for report in reports:
-        for path in report.missing:
-            if path in plan.needed:
-                remedy = "put it where every node sees it under this path"
-                raise InputError(plan.needed[path], path, f"{report.where} cannot see it", remedy)
+    refuse_unseen([report.without(report.missing) for report in reports], plan.out)  # some paths can be uploaded
+    failing = _check_paths(plan, reports)
     _enough_gpus(plan, reports)
-    return Findings(unseen, tuple(_notes(cluster, found, reports)))
+    return Findings(unseen, (*failing, *_notes(cluster, found, reports)))
 
 
 def request(plan: Plan) -> dict[str, Any]:
@@ -115,9 +111,17 @@ def _same_version(cluster: Cluster, found: Mapping[str, Any]) -> None:
         raise ClusterError("cluster", cluster.head.address, problem, "install the same version in both places")
 
 
-def _without(report: NodeReport, plan: Plan) -> NodeReport:
-    """The report with no word of paths: some of them can be uploaded."""
-    return NodeReport(**{field.name: getattr(report, field.name) for field in fields(report)} | {"missing": ()})
+def _check_paths(plan: Plan, reports: list[NodeReport]) -> list[str]:
+    """Notes on models that will fail; anything else that is not seen, and all models, is refused."""
+    where = {path: report.where for report in reversed(reports) for path in report.missing if path in plan.needed}
+    lost = {plan.models[path] for path in where if path in plan.models}
+    fatal = [path for path in where if path not in plan.models or lost >= plan.names]
+    if fatal:
+        remedy = "put it where every node sees it under this path"
+        raise InputError(plan.needed[fatal[0]], fatal[0], f"{where[fatal[0]]} cannot see it", remedy)
+    return [
+        f"{plan.models[path]}: {path}: {node} cannot see it, so this model will fail" for path, node in where.items()
+    ]
 
 
 def _enough_gpus(plan: Plan, reports: list[NodeReport]) -> None:

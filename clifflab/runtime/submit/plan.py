@@ -50,6 +50,8 @@ class Plan:
         package: The files that go with it.
         shared: Paths that may have to go with it.
         needed: Paths that every node must see, with what named them.
+        models: Paths among these, by the study's model that has them: it fails alone where they are not seen.
+        names: All models of the study.
         gpus: Models that ask for a number of GPUs.
         build: From paths that were uploaded, by their places, to the arguments of the command; writes the study.
     """
@@ -62,6 +64,8 @@ class Plan:
     build: Callable[[Mapping[str, str]], list[str]]
     shared: list[Shared] = field(default_factory=list)
     needed: dict[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
     gpus: dict[str, float] = field(default_factory=dict)
 
     def digest(self, env: Mapping[str, str], python: str) -> str:
@@ -108,6 +112,7 @@ def plan_study(study: Study, out: str, name: str | None, package: Package) -> Pl
     evaluate = study.repair.evaluate.model_copy(update={"choices": choices})
     repair = study.repair.model_copy(update={"corpus": corpus, "evaluate": evaluate})
     given = study.model_copy(update={"prompts": prompts, "models": models, "judge": judge, "repair": repair})
+    plan.names = {spec.name for spec in study.models}
     plan.gpus = {spec.name: spec.gpus for spec in study.models if not isinstance(spec.gpus, str)}
 
     def build(moved: Mapping[str, str]) -> list[str]:
@@ -226,16 +231,15 @@ class _StudyData:
             return path
         if given.exists():
             return self._in_place(named, path, folder)
-        if given.is_absolute():
-            return self.there(named, path)
         looks_local = path.startswith(".") or given.suffix == ".gguf" or path.count("/") > 1
-        return self._missing(named, path) if looks_local else path
+        return self.there(named, path) if given.is_absolute() or looks_local else path
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
         """A model of a study, and its adapter."""
         changes = {"path": self.model("models.path", spec.path, f"files/models/{spec.name}")}
         if spec.adapter and not spec.repairs:
             changes["adapter"] = self.model("models.adapter", spec.adapter, f"files/adapters/{spec.name}")
+        self._plan.models |= {path: spec.name for path in changes.values() if path in self._plan.needed}
         return spec.model_copy(update=changes)
 
     def probes(self, path: str) -> str:
