@@ -105,7 +105,7 @@ class TransformersEngine:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(rows), 1))], dim=1)
             if 2 * len(live) <= len(rows):  # finished rows leave the batch when half of it is done
                 keep = [b for b, row in enumerate(rows) if row in live]
-                index = torch.tensor(keep, device=device)
+                index = torch.tensor(keep)  # on the CPU, since the cache's layers may lie on several GPUs
                 cache.batch_select_indices(index)
                 tokens_BT, positions_BT, mask_BT = tokens_BT[index], positions_BT[index], mask_BT[index]
                 rows = [rows[b] for b in keep]

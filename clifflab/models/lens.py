@@ -41,7 +41,7 @@ class Lens:
 
     def log_odds(self, states_ND: torch.Tensor) -> torch.Tensor:
         """Log of P(refusal openings) over P(compliance openings) as if each state were the last, ``[N]``."""
-        normed = self.norm(states_ND.to(self.dtype)).float()
+        normed = self.norm(states_ND.to(self.dtype)).float().to(self.refusal.device)
         sums: list[torch.Tensor] = []
         for index, rows in enumerate((self.refusal, self.compliance)):
             logits = self.scale * (normed @ rows.T)
@@ -68,7 +68,7 @@ def make_lens(loaded: LoadedModel, refusal: Sequence[int], compliance: Sequence[
     ids = _sample(loaded)
     own = loaded.model(input_ids=ids, use_cache=False).logits
     plain = head(loaded.body(input_ids=ids, use_cache=False).last_hidden_state)
-    plain, own = plain.float(), own.float()
+    plain, own = plain.float().to(own.device), own.float()
     # Some architectures (Cohere, Granite) put a factor on their logits.
     scale = 1.0 if softcap else float((own * plain).sum() / plain.square().sum())
     plain = softcap * torch.tanh(plain / softcap) if softcap else scale * plain
@@ -99,7 +99,7 @@ def final_norm(loaded: LoadedModel) -> nn.Module | None:
         bare = weight is None and "norm" in type(module).__name__.lower()
         if not bare and (not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (loaded.d_model,)):
             continue
-        if torch.allclose(module(got[last]).float(), out.float(), atol=1e-4, rtol=1e-4):
+        if torch.allclose(module(got[last]).float().to(out.device), out.float(), atol=1e-4, rtol=1e-4):
             return module
     return None
 

@@ -100,7 +100,7 @@ def direct_effects(loaded: LoadedModel, heads: HeadMap, trace: SweepTrace, meter
         scale_D = _scale(own) * multiplier
         bias = getattr(layer.projection, "bias", None)
         heads_HD = layer.writes(own.values).float() * scale_D
-        bias_D = torch.zeros_like(own.entering) if bias is None else bias.float() * scale_D
+        bias_D = torch.zeros_like(heads_HD[0]) if bias is None else bias.float() * scale_D
         mlp_D = own.lasts["mlp"] * multiplier if "mlp" in own.lasts else None
         _check_block(loaded, index, own, heads_HD.sum(0) + bias_D, mlp_D, final[index])
         assert mlp_D is not None
@@ -189,7 +189,7 @@ def _check_block(
     left = leaving_D.to(attention_D.device) - own.entering.to(attention_D.device) - writes[0] - writes[1]
     dtype = loaded.model.dtype
     limit = _TOLERANCE.get(dtype, 1e-3) * float(writes[0].norm() + writes[1].norm())
-    limit += 2 * torch.finfo(dtype).eps * float(leaving_D.norm() + own.entering.norm())
+    limit += 2 * torch.finfo(dtype).eps * (float(leaving_D.norm()) + float(own.entering.norm()))
     if not float(left.norm()) <= limit:
         raise error
 
