@@ -81,7 +81,7 @@ def bucket(objects: Mapping[str, bytes], refuse: tuple[int, str] | None = None) 
 def writable(objects: Mapping[str, bytes] | None = None) -> Iterator[Bucket]:
     """Serve one bucket that can be written to."""
     held = Bucket(objects=dict(objects or {}))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"held": held}))
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"held": held}))
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -91,6 +91,11 @@ def writable(objects: Mapping[str, bytes] | None = None) -> Iterator[Bucket]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed in the middle of a request is no news."""
 
 
 class _CutError(Exception):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,42 @@ def test_a_write_that_is_cut_leaves_the_old_object(s3: Bucket, opened: Open) -> 
     other = opened()
     other.pull([other.root / "large"])
     assert content(other) == {"large": large}
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from clifflab.runtime.storage import open_store
+store = open_store("s3://shelf/runs", "study", Path(sys.argv[1]))
+with store.lock():
+    for number in range(3):
+        (store.root / f"large-{number}").write_bytes(bytes(12 << 20))
+    (store.root / "manifest.json").write_text("{}")
+    store.push()
+"""
+
+
+def test_a_process_that_is_killed_while_it_sends(s3: Bucket, opened: Open, tmp_path: Path) -> None:
+    stalled = threading.Event()
+
+    def stall(method: str, path: str) -> int:
+        if "partNumber=2" in path:
+            stalled.set()
+            threading.Event().wait(20)
+        return 0
+
+    s3.fault = stall
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "killed")])
+    assert stalled.wait(60)
+    process.kill()
+    process.wait()
+    s3.fault = lambda method, path: 0
+    assert s3.keys() == ["runs/study/.lock.json"]
+    store = opened(scratch=tmp_path / "killed")
+    assert content(store) == {}  # its folder is used again, without what it had not sent
+    with store.lock():  # at once: its holder was a process of this machine
+        store.pull()
+    assert content(store) == {}
 
 
 def test_a_store_that_stumbles_and_one_that_refuses(s3: Bucket, opened: Open) -> None:
@@ -530,7 +567,7 @@ def test_a_study_in_a_bucket_is_the_one_on_a_disk(
     """Merges and first units in fresh folders, as on machines of their own; then again, with nothing left to do."""
     written = {"name": "written", "path": str(existing_traces), "label": "harmful", "existing": True, "limit": 40}
     sets = [{**written, "columns": {"label": "label"}}]
-    probe, cliff = {"min_examples": 6, **FEW}, {"bootstrap": 50}
+    probe, cliff = {"min_examples": 6, **FEW}, {"bootstrap": 100}
     study = parse(small_study(prompts=sets, truncation={"traces": 2}, probe=probe, cliff=cliff))
     local = run(study, tmp_path / "runs", runtime="inline").root
 
@@ -550,9 +587,7 @@ def test_a_study_in_a_bucket_is_the_one_on_a_disk(
                 store = opened(name="small") if fresh else workers[number % 2]
                 worker = Worker(prepared, store, context.identities)
                 worker.context._held = held  # the folder is fresh, not the model
-                result = mirror_job(
-                    store, reads_of(worker.context, job), lambda w=worker, j=job: w.do(j), lambda r: r.error is None
-                )
+                result = worker.do(job)
                 assert result.error is None, result.error
             files.finish((name, model), result.counts)
         files.end([])
@@ -561,7 +596,7 @@ def test_a_study_in_a_bucket_is_the_one_on_a_disk(
     last.pull()
     found = content(last)
     wanted = {path.relative_to(local).as_posix(): path.read_bytes() for path in local.rglob("*") if path.is_file()}
-    for own in (".lock", "events.jsonl", "study.yaml", ".steps/hashes.json"):
+    for own in (".lock", "events.jsonl", "status.json", "study.yaml", ".steps/hashes.json"):
         wanted.pop(own, None)
         found.pop(own, None)
     assert found.keys() == wanted.keys()

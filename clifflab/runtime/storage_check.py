@@ -19,7 +19,7 @@ from clifflab.runtime.storage_objects import Objects
 from clifflab.scoring.filesystems import OUTPUT
 
 PROBE = ".clifflab-check-"
-_PAUSES = (0.5, 1.0)  # a check is not to last
+_PAUSES, _PATIENCE = (0.5, 1.0), 5.0  # seconds: a check is not to last
 
 
 @contextmanager
@@ -78,7 +78,7 @@ class _Place:
     def __init__(self, out: str, name: str) -> None:
         self.address = address_of(out, name)
         self._root = local_root(out, name)
-        self._objects = None if self._root else Objects(self.address, _PAUSES)
+        self._objects = None if self._root else Objects(self.address, _PAUSES, _PATIENCE)
         self._made: list[Path] = []
 
     def write(self, file: str, data: bytes) -> None:

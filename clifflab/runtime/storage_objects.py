@@ -30,14 +30,15 @@ class Objects:
 
     Args:
         address: Of the folder, without a credential.
-        pauses: Seconds before each further try.
+        pauses: Seconds before each further try; by default :data:`PAUSES`.
+        patience: Seconds after which nothing is tried again.
 
     Raises:
         OutputError: No filesystem is known for the address, or it can only be read.
     """
 
-    def __init__(self, address: str, pauses: tuple[float, ...] | None = None) -> None:
-        self.address, self._pauses = address, PAUSES if pauses is None else pauses
+    def __init__(self, address: str, pauses: tuple[float, ...] | None = None, patience: float = PATIENCE) -> None:
+        self.address, self._pauses, self._patience = address, PAUSES if pauses is None else pauses, patience
         if scheme_of(address) in _READ_ONLY:
             remedy = "choose a local folder, s3://BUCKET/..., gs://BUCKET/..., or another store that can be written"
             raise OutputError(OUTPUT, address, "can only be read", remedy)
@@ -63,7 +64,7 @@ class Objects:
                 if isinstance(error, UserError) or not (isinstance(error, OSError) or of_store(error)):
                     raise
                 hopeless = denied(error) or any(word in str(error) for word in _HOPELESS)
-                if pause is None or hopeless or time.monotonic() - start > PATIENCE:
+                if pause is None or hopeless or time.monotonic() - start > self._patience:
                     with reading(self.address, OUTPUT):
                         raise
                 time.sleep(pause)
