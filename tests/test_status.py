@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from clifflab.cli.status import command
+from clifflab.errors import ClifflabError
 from clifflab.runtime import status
 from clifflab.runtime.events import EventLog, EventReader, read_events
 from clifflab.runtime.state import RunState
 from clifflab.runtime.status import LINES, PREFIX, RunFolder, Watcher, of_job, parse_line, render, status_line
+from tests.jobserver import Job, JobServer
 
 HOSTILE = "[red]x[/nonsense] \x1b[2J\u202e"
 Events = list[dict[str, Any]]
@@ -368,6 +371,60 @@ def test_a_folder_without_its_log_tells_what_was_told_last(tmp_path: Path) -> No
     assert invoke(str(tmp_path)).exit_code == 4
     (tmp_path / "status.json").write_text('{"study"')
     assert RunFolder(tmp_path).snapshot(1.0)["units"]["total"] == 0
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
+    """A job server, named nowhere; the working folder and the home are empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    found = JobServer()
+    yield found
+    found.close()
+
+
+def send(server: JobServer, name: str, **job: Any) -> None:
+    sent = {"submission_id": f"clifflab-{name}-12345678", "entrypoint": "clifflab run", "metadata": {}}
+    sent["metadata"] = {"clifflab": "0.1.0", "name": name, "kind": "study", "out": "/results"}
+    server.jobs[sent["submission_id"]] = Job(sent, **job)
+
+
+def test_a_job_on_a_cluster_is_read_from_its_log(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [status_line(state_of(running()[:stop])) for stop in (3, len(running()))]
+    send(server, "busy", log="\n".join(["hello", lines[0], "more", lines[1], PREFIX + '{"study": "cut"']))
+    send(server, "broke", status="FAILED", code=1, log=lines[1] + "\n")
+    send(server, "half", status="FAILED", code=4, log=lines[1] + "\n")
+    send(server, "fresh", status="PENDING")
+    codes = {"busy": 0, "broke": 1, "half": 4, "fresh": 0}
+    for name, code in codes.items():
+        assert invoke(name, "--address", server.address).exit_code == code
+    busy = invoke("busy", "--address", server.address)
+    assert "study  running  1 of 6 steps, 6/16 units" in busy.output
+    assert "fresh  waiting" in invoke("fresh", "--address", server.address).output
+    listed = invoke("--address", server.address).output.splitlines()
+    assert [line.split()[:2] for line in listed] == [
+        ["busy", "running"],
+        ["broke", "failed"],
+        ["half", "partial"],
+        ["fresh", "waiting"],
+    ]
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server.address)
+    assert invoke("busy").output == busy.output
+    none = invoke("other")
+    assert isinstance(none.exception, ClifflabError)
+    assert none.exception.exit_code == 2
+    write(Path("runs/busy"), [*running(), event(1011, "run_done", state="done")])
+    assert invoke("busy").output.startswith("busy  done")  # what is here comes first
+
+
+def test_without_a_run_and_a_cluster_one_line_says_so(server: JobServer) -> None:
+    for arguments in (("nope",), (), ("nope", "--audit"), ("nope", "--address", "http://127.0.0.1:9")):
+        error = invoke(*arguments).exception
+        assert isinstance(error, ClifflabError)
+        assert error.exit_code == 2
+        assert "\n" not in str(error)
 
 
 def test_watching_a_long_log_costs_little(tmp_path: Path) -> None:

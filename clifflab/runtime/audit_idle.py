@@ -62,6 +62,7 @@ class SlotUse:
         gpu: Its GPU there.
         there_s: How long it was there.
         busy_s: How long a unit ran, a model was loaded or an actor started in it.
+        work_s: How long units ran in it; what they loaded is in it.
         idle_s: How long it stood idle while units waited: the sum of its gaps.
         gaps: The longest gaps first.
     """
@@ -70,6 +71,7 @@ class SlotUse:
     gpu: str
     there_s: float
     busy_s: float
+    work_s: float
     idle_s: float
     gaps: tuple[Gap, ...]
 
@@ -107,17 +109,26 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
     gone = {str(event.get("node")): float(event["time"]) for event in run if event["event"] == "node_lost"}
     spans = there(workers, end, ended=any(event["event"] == "run_done" for event in run), gone=gone)
     busy: dict[Slot, list[Task]] = {slot: _groups(run, workers, slot, end) for slot in spans}
+    for worker in workers.values():
+        for slot in worker.slots:
+            busy[slot] += [*worker.done, *worker.cut]
+    work = {slot: _length(tasks) for slot, tasks in busy.items()}
     for name, worker in workers.items():
         for slot in worker.slots:
-            busy[slot] += [(worker.start, worker.up, f"start of worker {name}"), *worker.done, *worker.cut]
+            busy[slot].append((worker.start, worker.up, f"start of worker {name}"))
     gaps = _gaps(spans, busy, _waits(run, workers, end), workers)
     uses = []
     for slot, (start, stop) in sorted(spans.items()):
         mine = tuple(sorted((gap for gap in gaps if (gap.node, gap.gpu) == slot), key=lambda gap: -gap.seconds))
-        used = sum(b - a for a, b in union([(a, b) for a, b, _ in busy[slot]]))
-        idle = sum(gap.seconds for gap in mine)
-        uses.append(SlotUse(*slot, round(stop - start, 3), round(used, 3), round(idle, 3), mine))
+        spent = [stop - start, _length(busy[slot]), work[slot], sum(gap.seconds for gap in mine)]
+        there_s, busy_s, work_s, idle_s = (round(seconds, 3) for seconds in spent)
+        uses.append(SlotUse(*slot, there_s, busy_s, work_s, idle_s, mine))
     return uses
+
+
+def _length(tasks: Sequence[Task]) -> float:
+    """Seconds in which at least one of them went on."""
+    return sum(b - a for a, b in union([(a, b) for a, b, _ in tasks]))
 
 
 def _groups(run: Sequence[Event], workers: Mapping[str, Seated], slot: Slot, end: float) -> list[Task]:

@@ -36,7 +36,7 @@ def render_audit(found: Audit) -> Group:
     if found.slowest:
         parts += [Text(), Text("slowest units", "dim")]
         parts += [Text(f"  {_seconds(unit['seconds']):>8}  {_told(unit)}") for unit in found.slowest[: _MOST // 2]]
-    parts += _list("lost workers", found.lost, lambda w: f"{_told(w)}, try {w['attempt']}: {w['reason']}")
+    parts += _list("lost workers", found.lost, _loss)
     parts += _list("done twice", found.twice, lambda w: f"{_told(w)}: {w['why']}")
     if found.again:
         parts += [Text(), Text(f"{len(found.again)} units were done by an earlier run too: {_reasons(found.again)}")]
@@ -65,11 +65,12 @@ def _rules(found: Audit) -> Iterable[str]:
 
 
 def _slots(found: Audit) -> Table:
-    table = _table(("node", "place"), ("there", "busy", "", "idle while units waited", "longest"))
+    table = _table(("node", "place"), ("there", "at work", "", "starting", "idle while units waited", "longest"))
     for slot in found.slots[: 3 * _MOST]:
-        share = f"{100 * slot.busy_s / slot.there_s:.0f}%" if slot.there_s else "-"
+        share = f"{100 * slot.work_s / slot.there_s:.0f}%" if slot.there_s else "-"
         longest = _seconds(slot.gaps[0].seconds) if slot.gaps else "-"
-        times = (_seconds(slot.there_s), _seconds(slot.busy_s), share, _seconds(slot.idle_s), longest)
+        worked = (_seconds(slot.there_s), _seconds(slot.work_s), share, _seconds(slot.busy_s - slot.work_s))
+        times = (*worked, _seconds(slot.idle_s), longest)
         table.add_row(Text(shorten(slot.node, 14)), Text(shorten(place(slot.gpu), 12)), *times)
     if len(found.slots) > 3 * _MOST:
         table.add_row(f"and {len(found.slots) - 3 * _MOST} more")
@@ -77,12 +78,10 @@ def _slots(found: Audit) -> Table:
 
 
 def _gap(gap: Gap, found: Audit) -> Iterable[str]:
-    began = min(run["began"] for run in found.runs)
+    began = gap.began - min(run["began"] for run in found.runs)
     waiting = ", ".join(f"{count} of {name}" for name, count in list(gap.waiting.items())[:3])
-    yield shorten(
-        f"{place(gap.gpu)} of {gap.node[:14]} idle {_seconds(gap.seconds)} from {gap.began - began:.1f} s", 100
-    )
-    yield shorten(f"  after {gap.before}, until {gap.after}; waiting: {waiting}", 200)
+    idle = f"{place(gap.gpu)} of {gap.node[:11]} stood idle for {_seconds(gap.seconds)}"
+    yield shorten(f"{idle}, from {began:.1f} s on, after {gap.before}, until {gap.after}; waiting: {waiting}", 200)
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
@@ -99,6 +98,11 @@ def _list(title: str, entries: Sequence[Mapping[str, Any]], tell: Any) -> list[R
     lines = [Text(f"  {shorten(tell(entry), 300)}") for entry in entries[:_MOST]]
     more = [Text(f"  and {len(entries) - _MOST} more")] if len(entries) > _MOST else []
     return [Text(), Text(f"{title} ({len(entries)})", "dim"), *lines, *more]
+
+
+def _loss(entry: Mapping[str, Any]) -> str:
+    reason = str(entry["reason"]).split(". ")[0]  # Ray goes on with what might be behind it
+    return f"{_told(entry)}, try {entry['attempt']}: {reason}" if entry.get("unit") else f"{_told(entry)}: {reason}"
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]]) -> str:

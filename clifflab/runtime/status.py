@@ -75,7 +75,7 @@ def of_job(
         exit_code: Of its driver, once it ended.
         message: What Ray says of it.
     """
-    found = dict(told) if told else RunState(name).snapshot(0.0)
+    found = {**(told or RunState(name).snapshot(0.0)), "job": name}
     ended = {"pending": WAITING, "stopped": STOPPED, "succeeded": DONE, "failed": FAILED}.get(status)
     if ended == FAILED and exit_code in (_PARTIAL, _UNTRAINED):
         ended = PARTIAL if exit_code == _PARTIAL else DONE

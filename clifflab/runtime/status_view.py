@@ -37,7 +37,7 @@ def render(snapshot: Mapping[str, Any]) -> Group:
 def summary_line(snapshot: Mapping[str, Any]) -> Text:
     """A run in one line, for a list."""
     units = snapshot["units"]
-    line = Text(f"{shorten(snapshot['study'], 40):<24}  ")
+    line = Text(f"{shorten(snapshot.get('job') or snapshot['study'], 40):<24}  ")
     line.append(f"{snapshot['state']:<8}", _STYLES.get(snapshot["state"], ""))
     line.append(f"  {_stands(snapshot)}")
     if units["failed"]:
