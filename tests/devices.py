@@ -65,7 +65,9 @@ class Making(TorchFunctionMode):
             return args[0].inner.tolist()
         if func is torch.Tensor.__getitem__ and isinstance(args[0], Placed):
             whole = isinstance(args[1], tuple)
-            parts = [torch.tensor(part) if isinstance(part, list) else part for part in (args[1] if whole else args[1:2])]
+            parts = [
+                torch.tensor(part) if isinstance(part, list) else part for part in (args[1] if whole else args[1:2])
+            ]
             args = (args[0], tuple(parts) if whole else parts[0])
         return func(*args, **kwargs)
 
@@ -73,7 +75,9 @@ class Making(TorchFunctionMode):
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [part for part in leaves if isinstance(part, torch.Tensor)]
-    named = next((torch.device(part) for part in (kwargs.get("device"), *leaves) if isinstance(part, torch.device)), None)
+    named = next(
+        (torch.device(part) for part in (kwargs.get("device"), *leaves) if isinstance(part, torch.device)), None
+    )
     place = named or _common(func, args, tensors)
     own = {id(part.inner): part for part in tensors if isinstance(part, Placed)}
     args, kwargs = tree_map_only(Placed, lambda part: part.inner, (args, kwargs))
