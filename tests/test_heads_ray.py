@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import clifflab
 from clifflab.organism import planted_path
+from clifflab.runtime.audit import audit
 from clifflab.runtime.progress import Silent
 from tests.studies import FEW, events, parse, small_study
 
@@ -36,14 +37,13 @@ class Killer(Silent):
     """Kills the actor that did the last unit of ``heads``, twice."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.step, self.killed, self.done = root, "", [], 0
+        self.root, self.killed, self.done = root, list[int](), 0
 
-    def start(self, title: str, total: int, done: int) -> None:
-        self.step, self.done = title, 0
-
-    def advance(self) -> None:
+    def advance(self, title: str) -> None:
+        if title != "heads planted":
+            return
         self.done += 1
-        if self.step == "heads planted" and self.done in (1, 4):
+        if self.done in (1, 4):
             pid = [e["pid"] for e in events(self.root) if e["event"] == "unit" and e["step"] == "heads"][-1]
             assert pid != os.getpid()
             os.kill(pid, signal.SIGKILL)
@@ -89,19 +89,12 @@ def test_four_gpus_two_models_two_kills(simulated_gpus: None, tmp_path: Path) ->
             assert (many / model / name).read_bytes() == (one / model / name).read_bytes(), (model, name)
 
     log = events(many)
-    units = [e for e in log if e["event"] == "unit"]
-    lost = [e for e in log if e["event"] == "worker_lost"]
-    assert len(lost) == 2
-    assert {e["step"] for e in lost} == {"heads"}
-    gpus = {e["pid"]: e["gpu_ids"] for e in units}
-    assert len(gpus) == GPUS + 2, "four actors and one for each that was killed"
-    assert all(len(ids) == 1 for ids in gpus.values())
-    assert all(gpus[e["pid"]] == e["gpu_ids"] for e in units)
-    alive = [ids[0] for pid, ids in gpus.items() if pid not in killer.killed]
-    assert sorted(alive) == [str(gpu) for gpu in range(GPUS)], "each on a GPU of its own"
-    loads = [(e["pid"], e["model"]) for e in log if e["event"] == "model_load"]
-    assert len(loads) == len(set(loads)), "an actor loads a model once"
-    assert {model for _, model in loads} == set(MODELS)
+    assert len([e for e in log if e["event"] == "worker_lost"]) == 2
+    assert audit(log).problems() == [], "each on a GPU of its own, each model loaded once by an actor"
+    started = [e for e in log if e["event"] == "worker_start"]
+    assert {gpu for e in started for gpu in e["gpu_ids"]} == {str(gpu) for gpu in range(GPUS)}
+    assert all(len(e["gpu_ids"]) == 1 for e in started)
+    assert {e["model"] for e in log if e["event"] == "model_load"} == set(MODELS)
     if not torch.cuda.is_available():  # a simulated GPU is no device
         assert all(pq.read_table(many / model / "heads.parquet").num_rows for model in MODELS)
 

@@ -76,7 +76,7 @@ class Killer(Silent):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all trainings of this process."""
-    from clifflab.runtime.actors import start_ray
+    from clifflab.runtime.local import start_ray
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     started = start_ray(RuntimeConfig(workers=2))
