@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clifflab.errors import shorten
@@ -84,8 +84,9 @@ class Audit:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, with the rules that were broken as ``problems``."""
-        return {"problems": self.problems(), "longest_idle_s": self.longest_idle, **asdict(self)}
+        """Plain data, with the rules that were broken as ``problems``; of each slot its longest gaps."""
+        short = replace(self, slots=[replace(slot, gaps=slot.gaps[:_GAPS]) for slot in self.slots])
+        return {"problems": self.problems(), "longest_idle_s": self.longest_idle, **asdict(short)}
 
 
 def place(gpu: str) -> str:
