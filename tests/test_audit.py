@@ -107,6 +107,8 @@ def test_a_worker_that_sees_other_gpus(event: str) -> None:
 def test_gpus_that_a_process_shows_are_compared_too() -> None:
     assert Log().worker(2, "a", ["3"], visible=["3"]).audit(5).problems() == []
     assert len(Log().worker(2, "a", ["3"], visible=["0", "3"]).audit(5).wrong_gpus) == 1
+    assert Log().worker(2, "a", ["0", "3"], gpus=2).worker(2, "b", ["1"], gpus=0.5).audit(5).problems() == []
+    assert Log().worker(2, "a", ["3"], gpus=2).audit(5).problems() == ["worker a was given 2 GPUs and saw ['3']"]
     cpu = Log().worker(2, "a", ["3"])
     cpu.events[-1]["kind"] = "cpu"
     assert cpu.audit(5).wrong_gpus == [{"worker": "a", "given": [], "saw": ["3"]}]

@@ -21,6 +21,7 @@ from clifflab.runtime import status
 from clifflab.runtime.events import EventLog, EventReader, read_events
 from clifflab.runtime.state import RunState
 from clifflab.runtime.status import LINES, PREFIX, RunFolder, Watcher, of_job, parse_line, render, status_line
+from tests.buckets import writable
 from tests.jobserver import Job, JobServer
 
 HOSTILE = "[red]x[/nonsense] \x1b[2J\u202e"
@@ -425,6 +426,31 @@ def test_without_a_run_and_a_cluster_one_line_says_so(server: JobServer) -> None
         assert isinstance(error, ClifflabError)
         assert error.exit_code == 2
         assert "\n" not in str(error)
+
+
+def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clifflab.scoring import filesystems
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setattr(filesystems, "_ATTEMPTS", 1)
+    local = write(tmp_path / "local", [*running(), event(1011, "run_done", state="partial")])
+    with writable() as held:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", held.endpoint)
+        filesystems._remote.cache_clear()
+        log = (local / "events.jsonl").read_bytes()
+        held.put("runs/far/events.jsonl", log[: log.rindex(b'{"time": 1011')])
+        assert "far  running" in invoke("s3://shelf/runs/far").output  # its lock is not seen from here
+        folder = RunFolder.at("s3://shelf/runs/far/")
+        assert folder.snapshot(1012)["state"] == "running"
+        held.put("runs/far/events.jsonl", log)
+        assert folder.snapshot(1012)["state"] == "partial"
+        assert invoke("s3://shelf/runs/far", "--watch").exit_code == 4
+        assert "every rule that the log can show" in invoke("s3://shelf/runs/far", "--audit").output
+        error = invoke("s3://shelf/runs/near").exception
+    filesystems._remote.cache_clear()
+    assert isinstance(error, ClifflabError)
+    assert "no run wrote there yet" in str(error)
 
 
 def test_watching_a_long_log_costs_little(tmp_path: Path) -> None:

@@ -7,16 +7,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clifflab.errors import ClifflabError, InputError
 
+if TYPE_CHECKING:
+    from clifflab.runtime.status import RunFolder
+
 RUNS = Path("runs")
 EXIT_CODES = {"waiting": 0, "running": 0, "done": 0, "partial": 4}  # anything else is 1
 _GOES_ON = ("waiting", "running")
-_BROKEN, _EVERY, _EVERY_ON_A_PIPE = 1, 2.0, 10.0
+_BROKEN = 1
+_EVERY, _EVERY_AFAR, _EVERY_ON_A_PIPE = 2.0, 5.0, 10.0  # seconds between two looks; between two prints
 
 Look = Callable[[], dict[str, Any]]
 
@@ -30,8 +34,8 @@ Look = Callable[[], dict[str, Any]]
 def command(run: str | None, address: str | None, watch: bool, as_json: bool, audited: bool) -> None:
     """Show where a run stands: models, steps, units done and failed, speed, time left.
 
-    A run is a folder (runs/quickstart), a study's name under ./runs, or a job that was
-    submitted to a cluster. Without one, all runs under ./runs are listed, or with
+    A run is a folder (runs/quickstart, s3://bucket/runs/quickstart), a study's name under
+    ./runs, or a job that was submitted to a cluster. Without one, all runs under ./runs are listed, or with
     --address those of the cluster.
 
     \b
@@ -43,22 +47,21 @@ def command(run: str | None, address: str | None, watch: bool, as_json: bool, au
         sys.exit(_audit(folder, run, as_json))
     if run is None:
         sys.exit(_list(address, as_json))
-    sys.exit(_show(_local(folder) if folder else _from_cluster(run, address), watch, as_json))
+    look: Look = (lambda: folder.snapshot(time.time())) if folder else _from_cluster(run, address)
+    sys.exit(_show(look, watch, as_json, pause=_EVERY if folder and not folder.remote else _EVERY_AFAR))
 
 
-def _folder(run: str) -> Path | None:
+def _folder(run: str) -> RunFolder | None:
     """The folder of a run that left something to look at."""
     from clifflab.runtime.status import RunFolder
 
-    places = (Path(run).expanduser(), RUNS / run)
-    return next((place for place in places if RunFolder.is_one(place)), None)
-
-
-def _local(folder: Path) -> Look:
-    from clifflab.runtime.status import RunFolder
-
-    reader = RunFolder(folder)
-    return lambda: reader.snapshot(time.time())
+    if "://" in run:
+        found = RunFolder.at(run)
+        if not found.is_one:
+            raise InputError("status", run, "no run wrote there yet", "give OUT/NAME, the folder of its results")
+        return found
+    places = (RunFolder(Path(run).expanduser()), RunFolder(RUNS / run))
+    return next((place for place in places if place.is_one), None)
 
 
 def _from_cluster(run: str, address: str | None) -> Look:
@@ -86,7 +89,7 @@ def _of_job(job: Any, told: dict[str, Any] | None) -> dict[str, Any]:
     return of_job(told, job.name, job.status, job.exit_code, job.message)
 
 
-def _show(look: Look, watch: bool, as_json: bool) -> int:
+def _show(look: Look, watch: bool, as_json: bool, pause: float) -> int:
     """Print a run's state, once or until it ends; its exit code."""
     from rich.console import Console
     from rich.live import Live
@@ -105,14 +108,14 @@ def _show(look: Look, watch: bool, as_json: bool) -> int:
     if watch and sys.stdout.isatty() and not as_json:
         with Live(render(snapshot), console=console, auto_refresh=False) as live:
             while snapshot["state"] in _GOES_ON:
-                time.sleep(_EVERY)
+                time.sleep(pause)
                 snapshot = look()
                 live.update(render(snapshot), refresh=True)
     else:
         show(snapshot)
         shown = time.monotonic()
         while watch and snapshot["state"] in _GOES_ON:
-            time.sleep(_EVERY)
+            time.sleep(pause)
             snapshot = look()
             if snapshot["state"] not in _GOES_ON or time.monotonic() - shown >= _EVERY_ON_A_PIPE:
                 shown = time.monotonic()
@@ -130,8 +133,8 @@ def _list(address: str | None, as_json: bool) -> int:
     if address is not None:
         snapshots = _all_of_cluster(address)
     else:
-        folders = sorted(place for place in RUNS.glob("*") if RunFolder.is_one(place))
-        snapshots = [RunFolder(folder).snapshot(time.time()) for folder in folders]
+        folders = [RunFolder(place) for place in sorted(RUNS.glob("*"))]
+        snapshots = [folder.snapshot(time.time()) for folder in folders if folder.is_one]
     if not snapshots:
         where, remedy = (address or RUNS, "give a run's folder, or --address URL of a cluster")
         raise InputError("status", where, "there are no runs", remedy)
@@ -151,7 +154,7 @@ def _all_of_cluster(address: str) -> list[dict[str, Any]]:
     return [_of_job(job, last_status(cluster, job)) for job in cluster.jobs()]
 
 
-def _audit(folder: Path | None, run: str | None, as_json: bool) -> int:
+def _audit(folder: RunFolder | None, run: str | None, as_json: bool) -> int:
     from rich.console import Console
 
     from clifflab.runtime.audit import audit
@@ -159,10 +162,10 @@ def _audit(folder: Path | None, run: str | None, as_json: bool) -> int:
     from clifflab.runtime.events import read_events
     from clifflab.runtime.status import EVENTS
 
-    if folder is None or not (folder / EVENTS).is_file():
+    if folder is None or not (folder.root / EVENTS).is_file():
         problem = "an audit reads a run's events.jsonl, and there is none"
         raise InputError("status --audit", run or "", problem, "give the folder of the run's results")
-    found = audit(read_events(folder / EVENTS))
+    found = audit(read_events(folder.root / EVENTS))
     if as_json:
         click.echo(json.dumps(found.as_json()))
     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clifflab.errors import shorten
@@ -68,7 +69,7 @@ class Audit:
             idle_bound: Longest time in seconds that a slot may stand idle while units wait; not judged by default.
         """
         found = [f"{_name(w)} was done in the driver's process" for w in self.in_driver]
-        found += [f"worker {w['worker']} was given GPUs {w['given']} and saw {w['saw']}" for w in self.wrong_gpus]
+        found += [f"worker {w['worker']} was given {_ids(w['given'])} and saw {w['saw']}" for w in self.wrong_gpus]
         found += [
             f"workers {' and '.join(w['workers'])} shared GPU {w['gpu']} of node {w['node']}" for w in self.shared_gpus
         ]
@@ -83,8 +84,9 @@ class Audit:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, with the rules that were broken as ``problems``."""
-        return {"problems": self.problems(), "longest_idle_s": self.longest_idle, **asdict(self)}
+        """Plain data, with the rules that were broken as ``problems``; of each slot its longest gaps."""
+        short = replace(self, slots=[replace(slot, gaps=slot.gaps[:_GAPS]) for slot in self.slots])
+        return {"problems": self.problems(), "longest_idle_s": self.longest_idle, **asdict(short)}
 
 
 def place(gpu: str) -> str:
@@ -178,20 +180,25 @@ def _in_driver(run: Sequence[Event]) -> list[Event]:
 
 
 def _wrong_gpus(run: Sequence[Event]) -> Iterator[_Where]:
+    """Workers whose process showed other GPUs, or other numbers of them, than they were given; each is told once."""
     given: dict[str, list[str]] = {}
     told = set()
     for event in run:
         worker = worker_of(event)
         if event["event"] == "worker_start":
-            given[worker] = _gpus(event)
-            if event.get("kind") == "cpu" and given[worker]:
-                yield {"worker": worker, "given": [], "saw": given[worker]}
-            visible = event.get("visible")
-            if visible is not None and sorted(map(str, visible)) != given[worker]:
-                yield {"worker": worker, "given": given[worker], "saw": sorted(map(str, visible))}
-        elif event["event"] in WORK and worker in given and worker not in told and _gpus(event) != given[worker]:
+            given[worker] = [] if event.get("kind") == "cpu" else _gpus(event)
+            asked, saw = event.get("gpus"), [_gpus(event)]
+            saw += [sorted(map(str, event["visible"]))] if event.get("visible") is not None else []
+            if isinstance(asked, int | float) and math.ceil(asked) != len(given[worker]):
+                told.add(worker)
+                yield {"worker": worker, "given": f"{asked:g} GPUs", "saw": _gpus(event)}
+        elif event["event"] in WORK and worker in given and "gpu_ids" in event:
+            saw = [_gpus(event)]
+        else:
+            continue
+        for wrong in [ids for ids in saw if ids != given[worker] and worker not in told]:
             told.add(worker)
-            yield {"worker": worker, "given": given[worker], "saw": _gpus(event)}
+            yield {"worker": worker, "given": given[worker], "saw": wrong}
 
 
 def _shared_gpus(run: Sequence[Event]) -> Iterator[_Where]:
@@ -272,6 +279,10 @@ def _unit(event: Event) -> tuple[Any, ...]:
 
 def _gpus(event: Event) -> list[str]:
     return sorted(str(gpu) for gpu in event.get("gpu_ids") or ())
+
+
+def _ids(given: object) -> str:
+    return given if isinstance(given, str) else f"GPUs {given}"
 
 
 def _about(event: Event) -> _Where:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,8 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
     end = float(run[-1]["time"])
     gone = {str(event.get("node")): float(event["time"]) for event in run if event["event"] == "node_lost"}
     spans = there(workers, end, ended=any(event["event"] == "run_done" for event in run), gone=gone)
-    busy: dict[Slot, list[Task]] = {slot: _groups(run, workers, slot, end) for slot in spans}
+    groups = [event for event in run if event["event"] == "unit" and event.get("worker") == GROUP and "began" in event]
+    busy: dict[Slot, list[Task]] = {slot: _beside(groups, workers, slot, end) for slot in spans}
     for worker in workers.values():
         for slot in worker.slots:
             busy[slot] += [*worker.done, *worker.cut]
@@ -119,7 +121,7 @@ def slot_uses(run: Sequence[Event]) -> list[SlotUse]:
     gaps = _gaps(spans, busy, _waits(run, workers, end), workers)
     uses = []
     for slot, (start, stop) in sorted(spans.items()):
-        mine = tuple(sorted((gap for gap in gaps if (gap.node, gap.gpu) == slot), key=lambda gap: -gap.seconds))
+        mine = tuple(sorted(gaps.get(slot, ()), key=lambda gap: -gap.seconds))
         spent = [stop - start, _length(busy[slot]), work[slot], sum(gap.seconds for gap in mine)]
         there_s, busy_s, work_s, idle_s = (round(seconds, 3) for seconds in spent)
         uses.append(SlotUse(*slot, there_s, busy_s, work_s, idle_s, mine))
@@ -131,15 +133,10 @@ def _length(tasks: Sequence[Task]) -> float:
     return sum(b - a for a, b in union([(a, b) for a, b, _ in tasks]))
 
 
-def _groups(run: Sequence[Event], workers: Mapping[str, Seated], slot: Slot, end: float) -> list[Task]:
+def _beside(groups: Sequence[Event], workers: Mapping[str, Seated], slot: Slot, end: float) -> list[Task]:
     """What groups of workers did while no worker of the pool sat in a slot: it is taken for theirs."""
     sat = union([(w.start, end if w.end is None else w.end) for w in workers.values() if slot in w.slots])
-    return [
-        (start, stop, told(event))
-        for event in run
-        if event["event"] == "unit" and event.get("worker") == GROUP and "began" in event
-        for start, stop in without(when(event), sat)
-    ]
+    return [(start, stop, told(event)) for event in groups for start, stop in without(when(event), sat)]
 
 
 @dataclass
@@ -247,7 +244,7 @@ def _gaps(
     busy: Mapping[Slot, Sequence[Task]],
     waits: Sequence[_Wait],
     workers: Mapping[str, Seated],
-) -> list[Gap]:
+) -> dict[Slot, list[Gap]]:
     """Sweep over time: between two changes the idle slots and the waiting units stay the same."""
     changes: dict[float, list[tuple[str, Any, int]]] = defaultdict(list)
 
@@ -275,22 +272,29 @@ def _gaps(
     for time in sorted(changes):
         for what, name, step in changes[time]:
             state[what][name] += step
+            if not state[what][name]:
+                del state[what][name]
         could = _could(state, waits)
         for slot in [slot for slot in opened if slot not in could]:
             gaps.append((slot, time, *opened.pop(slot)))
         for slot, names in could.items():
             opened.setdefault(slot, (time, names))
-    return [_gap(*gap, busy[gap[0]]) for gap in gaps if gap[1] - gap[2] >= _SHORTEST]
+    around = {slot: _Around(tasks) for slot, tasks in busy.items()}
+    found: dict[Slot, list[Gap]] = defaultdict(list)
+    for slot, stop, began, waiting in gaps:
+        if stop - began >= _SHORTEST:
+            found[slot].append(around[slot].gap(slot, stop, began, waiting))
+    return found
 
 
 def _could(state: Mapping[str, Counter[Any]], waits: Sequence[_Wait]) -> dict[Slot, dict[str, int]]:
     """Idle slots for which units wait, with how many of which."""
-    waiting = [(waits[number], count) for number, count in state["wait"].items() if count > 0]
+    waiting = [(waits[number], count) for number, count in state["wait"].items()]
     queued = Counter[str | None]()
     for wait, count in waiting:
         queued[wait.model] += count
     waiting = [(wait, count) for wait, count in waiting if queued[wait.model] > state["prepare"][wait.model]]
-    slots = [slot for slot, count in state["idle"].items() if count > 0] if waiting else []
+    slots = list(state["idle"]) if waiting else []
     idle = Counter(node for node, _ in slots)
     found: dict[Slot, dict[str, int]] = {}
     for slot in slots:
@@ -301,9 +305,23 @@ def _could(state: Mapping[str, Counter[Any]], waits: Sequence[_Wait]) -> dict[Sl
     return found
 
 
-def _gap(slot: Slot, stop: float, began: float, waiting: dict[str, int], busy: Sequence[Task]) -> Gap:
-    before = max(((b, what) for _, b, what in busy if b <= began + _SHORTEST), default=(0.0, "nothing yet"))[1]
-    start, after = min(((a, what) for a, _, what in busy if a >= stop - _SHORTEST), default=(float("inf"), ""))
-    if start > stop + _SHORTEST:
-        after = "no unit that it could do waited any more"
-    return Gap(*slot, round(began, 3), round(stop - began, 3), waiting, before, after)
+class _Around:
+    """What a slot did before and after a moment.
+
+    Args:
+        busy: All that it did.
+    """
+
+    def __init__(self, busy: Sequence[Task]) -> None:
+        self._ends = sorted((stop, what) for _, stop, what in busy)
+        self._starts = sorted((start, what) for start, _, what in busy)
+
+    def gap(self, slot: Slot, stop: float, began: float, waiting: dict[str, int]) -> Gap:
+        """A gap with its circumstances."""
+        last = bisect_right(self._ends, began + _SHORTEST, key=lambda entry: entry[0])
+        before = self._ends[last - 1][1] if last else "nothing yet"
+        first = bisect_left(self._starts, stop - _SHORTEST, key=lambda entry: entry[0])
+        start, after = self._starts[first] if first < len(self._starts) else (float("inf"), "")
+        if start > stop + _SHORTEST:
+            after = "no unit that it could do waited any more"
+        return Gap(*slot, round(began, 3), round(stop - began, 3), waiting, before, after)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clifflab.artifacts import read_json, write_json
 from clifflab.errors import ClifflabError, shorten
@@ -18,6 +18,9 @@ from clifflab.runtime.events import EventReader
 from clifflab.runtime.state import RunState
 from clifflab.runtime.state_steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
 from clifflab.runtime.status_view import render as render
+
+if TYPE_CHECKING:
+    from clifflab.runtime.storage import Store
 
 PREFIX = "::clifflab-status:: "  # marks a status line among whatever else a job prints
 LINES = "CLIFFLAB_STATUS_LINES"
@@ -137,34 +140,59 @@ class RunFolder:
 
     Args:
         root: The folder.
+        store: What brings it here, where it is remote.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, store: Store | None = None) -> None:
+        self.root, self._store = root, store
         self._reader = EventReader(root / EVENTS)
-        self._state = RunState(root.resolve().name)
+        self._state = RunState((store.address if store else str(root.resolve())).rstrip("/").rpartition("/")[2])
+        self._pull()
 
-    @staticmethod
-    def is_one(root: Path) -> bool:
+    @classmethod
+    def at(cls, address: str) -> RunFolder:
+        """The folder at an address that storage knows, such as ``s3://bucket/runs/quickstart``.
+
+        Raises:
+            OutputError: It is no such address, or nothing reaches it.
+        """
+        from clifflab.runtime.storage import open_store
+
+        out, _, name = address.rstrip("/").rpartition("/")
+        store = open_store(out, name)
+        return cls(store.root, store if store.remote else None)
+
+    @property
+    def is_one(self) -> bool:
         """Whether a run left anything to look at there."""
-        return (root / EVENTS).is_file() or (root / STATUS).is_file()
+        return (self.root / EVENTS).is_file() or (self.root / STATUS).is_file()
+
+    @property
+    def remote(self) -> bool:
+        """Whether a look at it asks a server."""
+        return self._store is not None
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Where the run stands: from its log, else as it last told in ``status.json``."""
+        self._pull()
         for event in self._reader.new():
             self._state.add(event)
         found = self._state.snapshot(now, alive=self._held())
         if found["started"]:
             return found
-        told = read_json(self._root / STATUS)
+        told = read_json(self.root / STATUS)
         return told if isinstance(told, dict) and {"study", "state"} <= told.keys() else found
+
+    def _pull(self) -> None:
+        if self._store is not None:
+            self._store.pull([self.root / EVENTS, self.root / STATUS])
 
     def _held(self) -> bool:
         """Whether somebody holds the folder's lock; where that cannot be known, the log is believed."""
-        if self._state.snapshot(0.0)["state"] != RUNNING:
+        if self._store is not None or self._state.snapshot(0.0)["state"] != RUNNING:
             return True  # it said how it ended: no need to touch the lock
         try:
-            with (self._root / LOCK).open() as handle:
+            with (self.root / LOCK).open() as handle:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
