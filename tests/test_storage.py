@@ -367,6 +367,19 @@ def test_a_lease_ends_with_its_holder(s3: Bucket, opened: Open) -> None:
     assert s3.keys() == ["runs/study/.lock.json"]
 
 
+def test_a_claim_is_waited_for(s3: Bucket, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_lease, "MOMENT", 0.02)
+    store, claim = opened(), f"runs/study/{storage_lease.CLAIM}other"
+    s3.put(claim, b"{}")
+    with pytest.raises(OutputError) as caught, store.lock():
+        raise AssertionError
+    one_line(caught, "another run is writing there, or about to; wait for it")
+    assert s3.keys() == [claim]
+    s3.changed[claim] -= storage_lease.SPAN + 1
+    with store.lock():
+        assert s3.keys() == ["runs/study/.lock.json"]
+
+
 def test_a_lost_lease_stops_what_is_sent(s3: Bucket, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_lease, "RENEWAL", 0.4)
     store = opened()
@@ -528,6 +541,20 @@ def test_a_job_between_a_pull_and_a_push(s3: Bucket, opened: Open) -> None:
     driver = {"events.jsonl": b"1\n", "own": b"of the driver, where it does jobs itself"}
     assert content(other) == content(one) | driver
     assert s3.objects["runs/study/m/a"] == b"A"
+
+
+def test_unit_files_do_not_pile_up(s3: Bucket, opened: Open) -> None:
+    store = opened()
+    units = {name: store.root / ".work" / "m" / name for name in ("capture", "probe")}
+    for number in range(3):
+        mirror_job(store, [], lambda n=number: put(store, **{f".work__m__capture__{n}": "large", f"m__{n}": "x"}))
+    assert {path for path in store.files() if units["capture"] in path.parents} == {units["capture"] / "2"}
+    mirror_job(store, [units["capture"]], lambda: put(store, **{".work__m__probe__0": "p"}))
+    assert {path.name for path in store.files() if units["capture"] in path.parents} == {"0", "1", "2"}
+    put(store, **{".work__m__probe__1": "not sent"})
+    store.let_go([])
+    assert content(store) == {"m/0": b"x", "m/1": b"x", "m/2": b"x", ".work/m/probe/1": b"not sent"}
+    assert len(store.present(store.root / ".work")) == 4
 
 
 class Named(dict[Any, str]):

@@ -58,6 +58,10 @@ class Store(Protocol):
         """Delete what was written below a mirror's root since :meth:`files` gave this, and not pushed."""
         ...
 
+    def let_go(self, needed: Sequence[Path]) -> None:
+        """Delete unit files of a mirror that were sent and are not needed; they stay in the output."""
+        ...
+
     def remove(self, place: Path) -> None:
         """Delete a file or a folder, here and there."""
         ...
@@ -99,6 +103,9 @@ class LocalStore:
 
     def drop(self, before: Mapping[Path, Local]) -> None:
         """What is written is in the output, and stays."""
+
+    def let_go(self, needed: Sequence[Path]) -> None:
+        """Nothing is here alone."""
 
     def remove(self, place: Path) -> None:
         """Delete a file or a folder, if it is there."""

@@ -32,6 +32,7 @@ def mirror_job(
     if not store.remote:
         return work()
     store.pull(reads)
+    store.let_go(reads)
     before = store.files()
     try:
         result = work()

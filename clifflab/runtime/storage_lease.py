@@ -1,31 +1,35 @@
 """One run at a time in a remote output: a lease that its holder renews, and that ends by itself when the holder dies.
 
-Stores offer no locks. The taker writes the lease and reads it back after a moment, so that of two takers at once the
-later one holds it and the other yields; where a store can refuse to write over an object, that decides before. Ages are
-told by the store's clock, where it has one: the clocks of two machines may differ.
+Stores offer no locks, and their clients here no conditional writes. So a taker first writes a claim under a name of its
+own, and only then looks: of two takers at once the later one sees the other's claim, or its lease. Who sees a claim
+yields, and tries again after a while. That needs no more than that a store lists what was written before. Ages are told
+by the store's clock, where it has one: the clocks of two machines may differ.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clifflab.errors import ClifflabError, OutputError
+from clifflab.runtime.storage_client import Stamp
 from clifflab.runtime.storage_objects import Objects
 from clifflab.scoring.filesystems import OUTPUT
 
-LEASE = ".lock.json"
-SPAN = 120.0  # seconds after the last renewal when a lease may be taken over
+LEASE, CLAIM = ".lock.json", ".clifflab-claim-"
+SPAN = 120.0  # seconds after the last renewal when a lease may be taken over; a claim is none after as many
 RENEWAL = 30.0
-MOMENT = 1.0  # until it is read back
+MOMENT = 0.5  # seconds until a taker that yielded tries again; doubled each time, and drawn from
+_TRIES = 6
 
 
 class Lease:
@@ -72,17 +76,38 @@ class Lease:
             raise OutputError(OUTPUT, self._objects.address, f"this run no longer holds it ({self._lost})", remedy)
 
     def _take(self) -> None:
-        found = self._read()
-        if found is not None and (left := self._left(found)) > 0:
-            raise self._taken(found, left)
         self._since = time.time()
-        first = self._objects.again(lambda client: client.write(LEASE, self._text(), new=found is None))
-        if first:
-            time.sleep(MOMENT)
-        back = self._read() or {}
-        if back.get("owner") != self._owner:
-            raise self._taken(back, SPAN)
-        self._renewed, self._held, self._lost = time.monotonic(), True, ""
+        claim = f"{CLAIM}{self._owner}"
+        for number in range(_TRIES):
+            start = time.monotonic()
+            self._objects.again(lambda client: client.write(claim, self._text()))
+            try:
+                files = self._objects.again(lambda client: client.folder(""))[0]
+                found = self._read()
+                left = 0.0 if found is None else self._left(found, files.get(LEASE), files.get(claim))
+                if left > 0:
+                    raise self._taken(found or {}, left)
+                # Whoever looked so long ago that others take its claim for none must look again.
+                alone = claim in files and not self._rivals(files, claim) and time.monotonic() - start < SPAN / 2
+                if alone and self._objects.again(lambda client: client.write(LEASE, self._text(), new=found is None)):  # noqa: B023
+                    self._renewed, self._held, self._lost = time.monotonic(), True, ""
+                    return
+            finally:
+                self._objects.again(lambda client: client.delete(claim))
+            time.sleep(random.uniform(0, MOMENT * 2**number))
+        raise self._taken(self._read() or {}, SPAN)
+
+    def _rivals(self, files: Mapping[str, Stamp], own: str) -> bool:
+        """Whether others claim it; what a killed taker left is deleted."""
+        found = False
+        for name in [name for name in files if name.startswith(CLAIM) and name != own]:
+            content = self._objects.read(name)
+            # One that is gone by now may have become the lease since that was looked at.
+            if content is not None and (self._age(files[name], files[own], content) > SPAN or _ended(_parsed(content))):
+                self._objects.again(lambda client: client.delete(name))  # noqa: B023
+            else:
+                found = True
+        return found
 
     def _keep(self, done: threading.Event) -> None:
         while not done.wait(RENEWAL) and not self._lost:
@@ -111,32 +136,35 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         data = self._objects.read(LEASE)
-        if data is None:
-            return None
-        try:
-            found = json.loads(data)
-        except ValueError:
-            found = None
-        return found if isinstance(found, dict) else {}
+        return None if data is None else _parsed(data)
 
-    def _left(self, found: dict[str, Any]) -> float:
+    def _left(self, found: dict[str, Any], listed: Stamp | None, own: Stamp | None) -> float:
         """Seconds until a lease ends; none where its holder is a process of this machine that has ended."""
-        if found.get("machine") == _machine() and not _runs(found.get("pid"), found.get("began")):
+        if _ended(found):
             return 0.0
-        stamp = self._objects.again(lambda client: client.stamp(LEASE))
-        if stamp is None:
-            return 0.0
-        renewed, now = stamp[0].when, None
-        if renewed is not None:
-            now = self._objects.now(f".clifflab-now-{self._owner}")
-        if renewed is None or now is None:
-            renewed, now = float(found.get("time", 0.0)), time.time()
-        return SPAN - (now - renewed)
+        if listed is None or own is None:  # written just now
+            return SPAN
+        return SPAN - self._age(listed, own, json.dumps(found).encode())
+
+    def _age(self, listed: Stamp, now: Stamp, content: bytes) -> float:
+        """Seconds since an object was written.
+
+        Args:
+            listed: What the store says of it.
+            now: What it says of one that was written just now.
+            content: What it holds.
+        """
+        if listed.when is not None and now.when is not None:
+            return now.when - listed.when
+        told = _parsed(content).get("time")
+        return time.time() - told if isinstance(told, int | float) else 0.0
 
     def _taken(self, found: dict[str, Any], left: float) -> OutputError:
         since = found.get("since")
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(since)) if isinstance(since, int | float) else "?"
         problem = f"another run is writing there (since {when}, from host {found.get('host', '?')})"
+        if not found:
+            problem = "another run is writing there, or about to"
         remedy = f"wait for it, or choose another --out; if it died, run again in {max(1, round(left))} s"
         return OutputError(OUTPUT, self._objects.address, problem, remedy)
 
@@ -151,6 +179,14 @@ class Lease:
             "began": _began(os.getpid()),
         }
         return json.dumps(about).encode()
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _machine() -> str:
@@ -169,8 +205,9 @@ def _began(pid: int) -> str:
         return ""
 
 
-def _runs(pid: object, began: object) -> bool:
-    """Whether a process of this machine still runs; ``True`` where that cannot be told."""
-    if not isinstance(pid, int) or not _machine():
-        return True
-    return _began(pid) == began and _began(pid) != ""
+def _ended(about: dict[str, Any]) -> bool:
+    """Whether it was written by a process of this machine that has ended since."""
+    pid, machine = about.get("pid"), _machine()
+    if not machine or about.get("machine") != machine or not isinstance(pid, int):
+        return False
+    return _began(pid) != about.get("began") or not _began(pid)

@@ -111,6 +111,18 @@ class MirrorStore:
                 if before.get(self.root / name) != now and name not in _OF_DRIVER:
                     self._here.delete(name)
 
+    def let_go(self, needed: Sequence[Path]) -> None:
+        """Delete unit files here that were sent and are not needed: they would fill the disk of a long-lived worker.
+
+        Args:
+            needed: Files and folders that stay.
+        """
+        with self._guard:
+            names = {self._here.name(place) for place in needed}
+            for name in [name for name in self._here.seen if name.startswith(f"{WORK}/")]:
+                if name not in names and not _inside(name, names):
+                    self._here.forget(name)
+
     def remove(self, place: Path) -> None:
         """Delete a file or a folder, here and there.
 

@@ -82,10 +82,3 @@ class Objects:
             return sink.getvalue()
 
         return self.again(fetch)
-
-    def now(self, name: str) -> float | None:
-        """The store's clock, read off an object that is written and deleted; ``None`` where it has none."""
-        self.again(lambda client: client.write(name, b"now"))
-        found = self.again(lambda client: client.stamp(name))
-        self.again(lambda client: client.delete(name))
-        return found[0].when if found else None
