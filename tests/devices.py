@@ -1,8 +1,8 @@
 """Several devices on a machine that has one: tensors that say where they are, and refuse to meet across devices.
 
 The numbers lie in the machine's memory and every operation is the CPU's own; only the places are pretended. What is
-asked of real GPUs is asked here too: operands lie on one device, except numbers without dimension on the CPU, the indices of an
-indexing, and the source of a copy.
+asked of real GPUs is asked here too: operands lie on one device, except numbers without dimension on the CPU, indices
+on the CPU, and the source of a copy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 KIND = "pretend"
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.copy_.default, _ATEN._to_copy.default}
+_ITEMS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _INDEXED = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default, _ATEN._index_put_impl_.default}
 
 
@@ -63,28 +64,22 @@ class Making(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(place)
         if func is torch.Tensor.tolist and isinstance(args[0], Placed):
             return args[0].inner.tolist()
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], Placed):
-            whole = isinstance(args[1], tuple)
-            parts = [
-                torch.tensor(part) if isinstance(part, list) else part for part in (args[1] if whole else args[1:2])
-            ]
-            args = (args[0], tuple(parts) if whole else parts[0])
+        if func in _ITEMS and isinstance(args[0], Placed):
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            where = tuple(torch.tensor(part) if isinstance(part, list) else part for part in where)
+            args = (args[0], where if isinstance(args[1], tuple) else where[0], *args[2:])
         return func(*args, **kwargs)
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [part for part in leaves if isinstance(part, torch.Tensor)]
-    named = next(
-        (torch.device(part) for part in (kwargs.get("device"), *leaves) if isinstance(part, torch.device)), None
-    )
+    named = next((part for part in (kwargs.get("device"), *leaves) if isinstance(part, torch.device)), None)
     place = named or _common(func, args, tensors)
     own = {id(part.inner): part for part in tensors if isinstance(part, Placed)}
     args, kwargs = tree_map_only(Placed, lambda part: part.inner, (args, kwargs))
     args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
     result = func(*args, **kwargs)
-    if func is _ATEN.resize_.default:
-        raise NotImplementedError("a pretended tensor keeps its size")
 
     def placed(part: torch.Tensor) -> torch.Tensor:
         before = own.get(id(part))
@@ -111,6 +106,13 @@ def _common(func: Any, args: Any, tensors: list[torch.Tensor]) -> torch.device:
     if len(places) > 1:
         raise RuntimeError(f"{func}: operands on {sorted(map(str, places))}")
     return next(iter(places), torch.device("cpu"))
+
+
+def register() -> None:
+    """Make the device known to torch, with what autograd asks of one; it cannot be undone."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(KIND)
 
 
 def device(index: int) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -403,3 +404,11 @@ def test_names_in_rows_become_no_files(existing_traces: Path, tmp_path: Path) ->
     places = {path for path in written if "/" in path and "matplotlib" not in path}
     assert len(places) > 50
     assert not [path for path in places if not os.path.realpath(path).startswith(f"{out}/") and path != str(out)]
+
+
+def test_blocks_on_several_devices() -> None:
+    """Captures, sweeps, lens, generation and scoring follow the states over devices, to the same numbers."""
+    command = [sys.executable, "-m", "tests.several_devices", "mistral"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count(": ok (") == 10

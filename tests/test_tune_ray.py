@@ -62,7 +62,7 @@ class Killer(Silent):
     def __init__(self, out: Path) -> None:
         self.out, self.done, self.notes, self.killed = out, 0, list[str](), 0
 
-    def advance(self) -> None:
+    def advance(self, title: str) -> None:
         self.done += 1
         if not self.killed and self.done == 12:
             self.killed = told(self.out)[-1]["pid"]

@@ -157,7 +157,8 @@ class Kernel:
 
         def read(layer: int, hidden: torch.Tensor) -> None:
             places, weights_QD, biases_Q = self._readers[layer]
-            states_RD = hidden.flatten(0, 1).index_select(0, at_R).float()
+            # A model over several GPUs has its blocks on all of them.
+            states_RD = hidden.flatten(0, 1).index_select(0, at_R.to(hidden.device)).float().to(device)
             logits_RQ[:, places] = torch.addmm(biases_Q, states_RD, weights_QD.T)
 
         run_to(self._loaded, self._probes.layers, read, batch, self._ways, kept_K)

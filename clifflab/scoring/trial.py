@@ -167,7 +167,7 @@ class _Trial:
         kept_K = torch.from_numpy(places_K).to(self._loaded.device)
 
         def read(layer: int, hidden_BTD: torch.Tensor) -> None:
-            see(layer, hidden_BTD.flatten(0, 1).index_select(0, kept_K).float())
+            see(layer, hidden_BTD.flatten(0, 1).index_select(0, kept_K.to(hidden_BTD.device)).float())
 
         run_to(self._loaded, self._layers, read, batch, ways, kept_K if ways.trim else None)
 

@@ -53,11 +53,12 @@ class Trim:
 
         def pick(module: nn.Module, inputs: Any) -> Any:
             shapes[module] = inputs[0].shape[:-1]
-            return (inputs[0].flatten(0, 1).index_select(0, kept_K)[None], *inputs[1:])
+            return (inputs[0].flatten(0, 1).index_select(0, kept_K.to(inputs[0].device))[None], *inputs[1:])
 
         def put_back(module: nn.Module, _inputs: Any, output: Any) -> Any:
             first_1KE, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            whole = first_1KE.new_zeros(tokens, first_1KE.shape[-1]).index_copy_(0, kept_K, first_1KE[0])
+            places_K = kept_K.to(first_1KE.device)
+            whole = first_1KE.new_zeros(tokens, first_1KE.shape[-1]).index_copy_(0, places_K, first_1KE[0])
             whole = whole.view(*shapes[module], -1)
             return whole if rest is None else (whole, *rest)
 
