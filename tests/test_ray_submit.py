@@ -141,7 +141,7 @@ def test_a_study_is_sent_stopped_sent_again(
     assert stopped.returncode == 0, stopped.stderr
     assert find_job(talk, name).exit == 130, talk.log(name)
 
-    again = cli("submit", str(study), "--follow", timeout=SECONDS, **env)
+    again = cli("submit", str(study), "--follow", "--no-check", timeout=SECONDS, **env)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.splitlines()[0] == f"{name}-2"
     assert "done report" in again.stdout
