@@ -25,6 +25,7 @@ from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
 from clifflab.runtime.storage_check import left_probe
 from clifflab.runtime.submit.follow import compact
+from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
 from clifflab.runtime.submit.package import Package
 from clifflab.studyfile import load_study
@@ -509,6 +510,21 @@ def test_a_tuning_is_sent(call: Call, server: JobServer, tmp_path: Path) -> None
         "tune", "--model", "nobody/model", "--data", "files/data/train.jsonl", "--out", "/shared/tuned", "--set",
         "epochs=1", "--address", "auto",
     ]  # fmt: skip
+
+
+def test_files_that_were_unpacked_anew_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    monkeypatch.chdir(sent)
+    monkeypatch.setenv("PWD", str(sent))
+    assert package_folder() == ""
+    monkeypatch.setenv("CLIFFLAB_PACKAGE", "1")
+    sent.rmdir()  # as another node of this machine does, which unpacks the same files
+    sent.mkdir()
+    assert package_folder() == os.getcwd() == str(sent)
+    sent.rmdir()
+    with pytest.raises(FileNotFoundError):
+        package_folder()
 
 
 # Secrets.

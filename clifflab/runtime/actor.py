@@ -14,6 +14,7 @@ from clifflab.config import Study
 from clifflab.errors import without_credentials
 from clifflab.pulse import beats
 from clifflab.runtime.meters import record
+from clifflab.runtime.submit.here import current_folder
 from clifflab.runtime.work import Job, Result, Worker
 from clifflab.stages import Identities
 
@@ -86,8 +87,7 @@ class StudyActor:
 
 def rebased(study: Study, package: str) -> Study:
     """The study with the files that were sent with it found in this machine's copy of them."""
-    here = os.getcwd()
-    if not package or here == package:
+    if not package or (here := current_folder()) == package:
         return study
 
     def moved(value: Any) -> Any:

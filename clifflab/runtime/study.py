@@ -21,6 +21,7 @@ from clifflab.runtime.reach import reach
 from clifflab.runtime.schedule import Failure, Schedule
 from clifflab.runtime.status import Watcher
 from clifflab.runtime.storage import Store, open_store
+from clifflab.runtime.submit.here import package_folder
 from clifflab.stages import Context, Identities
 from clifflab.stages.base import Pair
 from clifflab.studyfile import dump_study
@@ -213,8 +214,3 @@ class _Run:
 
         place = Place(str(root.parent) if not self.store.remote else self.out, package_folder())
         return Fleet(study, place, root, identities, self._log, self.reporter, self.gpu_memory_mb)
-
-
-def package_folder() -> str:
-    """Folder of the files that were sent with the study, where this process is a submitted job."""
-    return os.getcwd() if os.environ.get("CLIFFLAB_PACKAGE") else ""
