@@ -14,6 +14,7 @@ from clifflab.config import Study
 from clifflab.errors import without_credentials
 from clifflab.pulse import beats
 from clifflab.runtime.meters import record
+from clifflab.runtime.storage import open_store
 from clifflab.runtime.submit.here import current_folder
 from clifflab.runtime.work import Job, Result, Worker
 from clifflab.stages import Identities
@@ -42,28 +43,26 @@ class StudyActor:
         study: The study, resolved by the driver.
         place: Where its files are.
         identities: Its fingerprints.
+        blind: It is to see no GPU, though its machine may have some.
     """
 
-    def __init__(self, study: Study, place: Place, identities: Identities) -> None:
+    def __init__(self, study: Study, place: Place, identities: Identities, *, blind: bool) -> None:
         import ray
 
         context = ray.get_runtime_context()
         gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
-        self._node, self._gpu_ids, self._place = context.get_node_id(), gpu_ids, place
+        if blind:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for devices
         self._thread = 0
-        self.adopt(study, identities)
-
-    def adopt(self, study: Study, identities: Identities) -> None:
-        """Work for this study from now on."""
-        from clifflab.runtime.storage import open_store
-
-        study = rebased(study, self._place.package)
-        store = open_store(self._place.out, study.name)
-        self._worker = Worker(study, store, identities, self._node, self._gpu_ids)
+        study = rebased(study, place.package)
+        store = open_store(place.out, study.name)
+        self._worker = Worker(study, store, identities, context.get_node_id(), gpu_ids)
 
     def hello(self) -> dict[str, Any]:
-        """Where this is, and what code runs here."""
-        return {**self._worker.where, "code": code_version()}
+        """Where this is, which GPUs it sees, and what code runs here."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = None if visible is None else [gpu for gpu in visible.split(",") if gpu]
+        return {**self._worker.where, "code": code_version(), "visible": seen}
 
     def do(self, job: Job) -> Result:
         """Do one job."""

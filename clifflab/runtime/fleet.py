@@ -263,7 +263,7 @@ class Fleet:
             concurrency_groups={WATCH: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )(StudyActor)
-        actor: Any = actor_class.remote(self._study, self._place, self._identities)
+        actor: Any = actor_class.remote(self._study, self._place, self._identities, blind=kind == "cpu")
         self._seats.append(Seat(node, kind, gpus, cpus, key, group, actor, actor.hello.remote()))
 
     def _make_room(self, key: str, now: float) -> None:
@@ -410,7 +410,9 @@ class Fleet:
             problem = f"machine {where['node'][:8]} runs it, and the driver {code_version()}"
             raise ClusterError("code", code, problem, "install the same clifflab on every machine")
         self._start_seconds = seconds
-        self._log.write("worker_start", worker=seat.id, kind=seat.kind, **where, seconds=round(seconds, 3))
+        self._log.write(
+            "worker_start", worker=seat.id, kind=seat.kind, gpus=seat.gpus, **where, seconds=round(seconds, 3)
+        )
 
     def _lose(self, seat: Seat, reason: str, **about: Any) -> None:
         """A worker is gone, whatever the reason: its place is closed, and its task done again."""
@@ -418,7 +420,8 @@ class Fleet:
         seat.task = None
         self._retire(seat, "hung" if reason.startswith("hung") else "lost")
         if task:
-            self._schedule.lost(task, reason, worker=seat.id, **about)
+            began = round(time.time() - (time.monotonic() - seat.since), 3)
+            self._schedule.lost(task, reason, worker=seat.id, began=began, **about)
         if started:
             return
         self._failed_starts += 1

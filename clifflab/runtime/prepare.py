@@ -56,6 +56,26 @@ def prepare_each(study: Study) -> tuple[Study, list[Failure]]:
     return study.model_copy(update=update), failures
 
 
+def on_gpus(study: Study, given: Study) -> Study:
+    """The prepared study, where ``dtype: auto`` is what it is on a GPU: workers have some, the driver may have none.
+
+    Args:
+        study: The study, prepared.
+        given: The study as it was given.
+    """
+    automatic = {model.name for model in given.models if model.dtype == "auto"}
+    models = tuple(
+        model.model_copy(update={"dtype": "bfloat16"})
+        if model.name in automatic or (model.repairs or "") in automatic
+        else model
+        for model in study.models
+    )
+    judge = study.judge
+    if judge.guard and given.judge.guard and given.judge.guard.dtype == "auto":
+        judge = judge.model_copy(update={"guard": judge.guard.model_copy(update={"dtype": "bfloat16"})})
+    return study.model_copy(update={"models": models, "judge": judge})
+
+
 def check_each(study: Study, models: Collection[str | None], note: Callable[[str], None]) -> list[Failure]:
     """What is wrong with models that are about to be used: files that cannot be read, templates that contradict.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from clifflab.config import Study
 from clifflab.errors import InputError
 from clifflab.runtime.local import start_ray
-from clifflab.runtime.nodes import check_nodes, refuse_unseen
+from clifflab.runtime.nodes import check_nodes, gpu_memory_mb, refuse_unseen
 from clifflab.runtime.progress import Reporter
 from clifflab.runtime.schedule import Failure
 
@@ -36,7 +36,7 @@ def reach(study: Study, out: str, reporter: Reporter, package: str = "") -> tupl
     import ray
 
     if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:  # type: ignore[no-untyped-call]
-        return [], None
+        return [], gpu_memory_mb() if ray.cluster_resources().get("GPU") else None  # type: ignore[no-untyped-call]
 
     def theirs(path: str | None) -> bool:
         return bool(path) and os.path.isabs(path or "") and not (package and Path(path or "").is_relative_to(package))
@@ -58,5 +58,5 @@ def reach(study: Study, out: str, reporter: Reporter, package: str = "") -> tupl
         Failure(models[path], None, None, InputError("models.path", path, f"{where} cannot see it", remedy))
         for path, where in unseen.items()
     ]
-    memory = [report.gpu_memory_mb for report in reports if report.gpu_memory_mb]
+    memory = [report.gpu_memory_mb for report in reports if report.gpus and report.gpu_memory_mb]
     return failures, min(memory, default=None)

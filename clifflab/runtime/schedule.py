@@ -168,7 +168,11 @@ class Schedule:
             self._queue.append(Task(job, key, self._order[job.step, job.model], groups=self._files.shared))
         self._queue.sort(key=lambda task: task.order)  # stable: units stay in their order
         first = jobs[0]
-        self._log.write("ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None)
+        needs = {task.key for task in self._queue if task.pair == (first.step, first.model)}
+        key = needs.pop() if len(needs) == 1 else None
+        self._log.write(
+            "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None, key=key
+        )  # fmt: skip
 
     def waiting(self, now: float, *, together: bool = False) -> list[Task]:
         """Tasks that may begin, the earliest step first; those for groups of workers, or all others."""
@@ -313,7 +317,7 @@ class Schedule:
             error=failure.told()["error"], **more,
         )  # fmt: skip
         if not self.failed(failure.model):
-            self._log.write("model_failed", **failure.told())
+            self._log.write("model_failed", **failure.told(), models=sorted(self.group(failure.model)))
         self.failures.append(failure)
 
     def failed(self, model: str | None) -> bool:

@@ -14,7 +14,7 @@ from clifflab.runtime.events import EventLog
 from clifflab.runtime.folder import StudyFiles
 from clifflab.runtime.folder import identify as identify
 from clifflab.runtime.folder import plan as plan
-from clifflab.runtime.prepare import check_each, prepare_each, without
+from clifflab.runtime.prepare import check_each, on_gpus, prepare_each, without
 from clifflab.runtime.prepare import prepare as prepare
 from clifflab.runtime.progress import Reporter, Silent
 from clifflab.runtime.reach import reach
@@ -90,12 +90,14 @@ def run(
         ClifflabError: A user's mistake, in one line; or what the first of the models failed by, where all did.
     """
     reporter = reporter or Silent()
-    study, failures = prepare_each(study)
+    given = study
+    study, failures = prepare_each(given)
     kind, place, memory = runtime or study.runtime.kind, str(out), None
     if kind == "ray" and study.runtime.address is not None:
         place = place if "://" in place else str(Path(place).absolute())
         unseen, memory = reach(without(study, {f.model for f in failures}), place, reporter, package_folder())
         failures += unseen
+        study = on_gpus(study, given) if memory else study
     store = open_store(place, study.name)
     refuse_links(store.root)
     with store.lock():
@@ -144,6 +146,7 @@ class _Run:
         self._log.write(
             "run_start", driver_pid=os.getpid(), runtime=self.kind, code=code_version(), steps=len(todo),
             models=[model.name for model in self.study.models], address=self.study.runtime.address,
+            plan=[list(pair) for pair in todo], backoff_seconds=self.study.runtime.backoff_seconds,
         )  # fmt: skip
         for failure in failures:
             self._tell(failure)
