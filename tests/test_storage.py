@@ -230,6 +230,36 @@ def test_a_process_that_is_killed_while_it_sends(s3: Bucket, opened: Open, tmp_p
     assert content(store) == {}
 
 
+def test_a_file_is_moved_into_place(opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a filesystem shows what is half-written: here fsspec's for a disk."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    monkeypatch.setattr(storage_objects, "PAUSES", (0.01,) * 2)
+    store, seen, plain = opened(f"local://{tmp_path}/shelf"), list[str](), LocalFileSystem.mv
+    put(store, small="old", large="old")
+    store.push()
+
+    def fail(self: Any, one: str, other: str, **options: Any) -> None:
+        seen.append(one)
+        raise OSError("the wire was cut")
+
+    monkeypatch.setattr(LocalFileSystem, "mv", fail)
+    for name in ("small", "large"):
+        put(store, **{name: "new" * 4_000_000 if name == "large" else "new"})
+        with pytest.raises(OutputError) as caught:
+            store.push()
+        one_line(caught, "the wire was cut", "looked for what fsspec's local filesystem takes from the environment")
+        assert (tmp_path / "shelf/study" / name).read_bytes() == b"old"
+        store.drop({})
+        store.pull()
+    assert len(seen) == 6  # each tried again
+    assert sorted(path.name for path in (tmp_path / "shelf/study").iterdir()) == ["large", "small"]
+    monkeypatch.setattr(LocalFileSystem, "mv", plain)
+    put(store, large="new" * 4_000_000)
+    store.push()
+    assert (tmp_path / "shelf/study/large").stat().st_size == 12_000_000
+
+
 def test_a_store_that_stumbles_and_one_that_refuses(s3: Bucket, opened: Open) -> None:
     left = [5]
 
@@ -504,7 +534,7 @@ def test_mirrors_are_held_by_one_and_used_again(
     passing.pull()
     assert passing.root.is_relative_to(tmp_path / f"clifflab-{os.getuid()}")
     passing.close()
-    assert not passing.root.exists()
+    assert list((tmp_path / f"clifflab-{os.getuid()}").iterdir()) == []
     monkeypatch.setenv("CLIFFLAB_SCRATCH", str(tmp_path / "kept"))
     assert open_store(OUT, "study").root.is_relative_to(tmp_path / "kept")
     monkeypatch.delenv("CLIFFLAB_SCRATCH")

@@ -107,12 +107,15 @@ def find_study(name: str) -> Path:
 
 
 def _dry_run(study: Any, out: str) -> None:
+    from clifflab.runtime.storage import open_store
     from clifflab.runtime.study import identify, plan, prepare
 
-    root = (Path(out) / study.name).absolute()
-    steps = plan(identify(prepare(study), root))
+    store = open_store(out, study.name)
+    store.pull()
+    steps = plan(identify(prepare(study), store.root))
     click.echo(
-        f"study {study.name}: {len(study.models)} model(s), {len(study.prompts)} prompt set(s), results in {root}"
+        f"study {study.name}: {len(study.models)} model(s), {len(study.prompts)} prompt set(s), "
+        f"results in {store.address}"
     )
     for name, model in steps:
         click.echo(f"  would run  {name}{f' ({model})' if model else ''}")

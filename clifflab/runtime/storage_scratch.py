@@ -56,8 +56,7 @@ class Scratch:
         if not self._stays:
             atexit.unregister(self.close)
             if self._pid == os.getpid():  # and not a process that was split off
-                shutil.rmtree(self.root, ignore_errors=True)
-                self.index.unlink(missing_ok=True)
+                shutil.rmtree(self._folder, ignore_errors=True)
         self._handle.close()
 
 
@@ -65,15 +64,19 @@ def _first_free(parent: Path, key: str) -> tuple[Path, IO[Any]]:
     for number in range(_MOST):
         folder = parent / f"{key}-{number}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+")
+        try:
+            handle = (folder / ".lock").open("a+")
+        except FileNotFoundError:
+            continue  # deleted just now by the process that held it
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle.fileno()).st_nlink:
+                return folder, handle
         except OSError as error:
-            handle.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                handle.close()
                 raise
-            continue
-        return folder, handle
+        handle.close()
     raise OSError(errno.EMFILE, f"{_MOST} processes hold folders there")
 
 
