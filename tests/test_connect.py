@@ -215,7 +215,7 @@ def _started(token: str) -> Iterator[Head]:
             yield _when_up(Head(f"127.0.0.1:{port}", token, temporary), process)
         finally:
             process.send_signal(signal.SIGTERM)  # it ends what it started
-            process.wait(timeout=30)
+            process.wait(timeout=60)  # a node that was used is drained first, for half a minute at most
 
 
 def _when_up(head: Head, process: subprocess.Popen[bytes]) -> Head:

@@ -385,7 +385,7 @@ def test_names_in_rows_become_no_files(existing_traces: Path, tmp_path: Path) ->
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = [{"name": "given", "path": str(data), "label": "harmful", "existing": True, "columns": {"label": "label"}}]
     study = small_study(
-        prompts=sets, report={"figures": True}, repair={"evaluate": {"pools": {pool: ["given"] for pool in HOSTILE}}}
+        prompts=sets, truncation={"traces": 0}, repair={"evaluate": {"pools": {pool: ["given"] for pool in HOSTILE}}}
     )
     out, written, on = tmp_path / "out", set[str](), [True]
 

@@ -83,15 +83,14 @@ class _Mask:
 
     def __init__(self, make: Callable[..., Any], about: dict[str, Any]) -> None:
         self._make, self._about = make, about
-        self._made: dict[tuple[int, torch.device], Any] = {}
+        self._made: dict[int, Any] = {}
 
-    def of(self, length: int, device: torch.device) -> Any:
-        """The library's mask, ``[1, 1, L, L]``, on a block's device; ``None`` is causal."""
-        if (length, device) not in self._made:
+    def of(self, length: int) -> Any:
+        """The library's mask, ``[1, 1, L, L]``; ``None`` is causal."""
+        if length not in self._made:
             sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "attention_mask": None}
-            made = self._make(**{**self._about, **sizes})
-            self._made[length, device] = made.to(device) if isinstance(made, torch.Tensor) else made
-        return self._made[length, device]
+            self._made[length] = self._make(**{**self._about, **sizes})
+        return self._made[length]
 
 
 _ACTIVE: list[PackedAttention] = []
@@ -119,7 +118,10 @@ def _attention(
             part[0, :, start : start + count * length].view(part.shape[1], count, length, -1).transpose(0, 1)
             for part in (query, key, value)
         )
-        out_RLNS = own(module, q, k, v, attention_mask.of(length, q.device), **others)[0]
+        mask = attention_mask.of(length)
+        if isinstance(mask, torch.Tensor):
+            mask = mask.to(q.device)  # blocks may lie on several GPUs
+        out_RLNS = own(module, q, k, v, mask, **others)[0]
         parts.append(out_RLNS.flatten(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
