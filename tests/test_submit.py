@@ -496,6 +496,25 @@ def test_a_scoring_is_sent(call: Call, server: JobServer, tmp_path: Path) -> Non
     refused(call("submit", "--out", "x", "score", *options), "--out", "give it after score")
 
 
+def test_a_scoring_takes_a_model_of_a_study(
+    call: Call, server: JobServer, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    models = [{"name": name, "path": str(checkpoints[name])} for name in ("llama", "qwen2")]
+    (tmp_path / "here" / "two.yaml").write_text(yaml.safe_dump(small_study(models=models)))
+    server.found["nodes"][1] = node(address="10.0.0.2", missing=[str(checkpoints["qwen2"])])
+    options = ("--probes", "/shared/probes", "--input", "s3://bucket/rows", "--output", "/shared/scored")
+    code, _, err = call("submit", "score", "--study", "two.yaml", "--model", "qwen2", *options)
+    assert code == 0, err
+    words = shlex.split(server.of("clifflab score")[0].sent["entrypoint"])
+    given = dict(itertools.pairwise(words))
+    assert (given["--study"], given["--model"], given["--input"]) == ("study.yaml", "qwen2", "s3://bucket/rows")
+    (archive,) = server.packages.values()
+    there = yaml.safe_load(zipfile.ZipFile(io.BytesIO(archive)).read("study.yaml"))
+    assert [model["path"] for model in there["models"]] == [str(checkpoints["llama"]), "files/models/qwen2/qwen2"]
+    assert not any("llama" in name for name in names(archive)), "only what is scored"
+    refused(call("submit", "score", *options, "--model", "m", "--output", "s3://bucket/out"), "--output", "no folder")
+
+
 def test_a_tuning_is_sent(call: Call, server: JobServer, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n')

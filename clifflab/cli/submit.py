@@ -65,6 +65,10 @@ def command(
     on every node. Sent twice, a job that runs is found again, and one that ended continues.
 
     \b
+    clifflab submit mine.yaml --address http://HEAD:8265 --follow
+    clifflab submit score --model MODEL --probes FOLDER --input 'GLOB' --output SHARED_FOLDER
+
+    \b
     Exit codes: 0 sent, or it runs already; 2 wrong input, or a cluster that cannot do it (one line says why).
     With --follow the job's own: 0 done; 1, 2, 3, 4 as clifflab run; 130 stopped, or Ctrl-C here (the job goes on).
     """
