@@ -158,7 +158,7 @@ class _Run:
             else:
                 self.reporter.note("everything is whole already: nothing to compute")
         except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt):
+            if isinstance(error, Exception):  # not where it was stopped
                 self._log.write("run_done", state="failed", failed=told(failures), error=shorten(str(error), 400))
             raise
         StudyFiles(context, self.store).end(told(failures))
