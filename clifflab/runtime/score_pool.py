@@ -150,7 +150,11 @@ class RayPool:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = int(resources.get("GPU", 0))
-        places = gpus or max(1, int(resources.get("CPU", 1)))
+        each = _gpus_of_one(job) if gpus else 0
+        cores = resources.get("CPU", 1)
+        # Beside actors on GPUs, which share cores, the tasks that feed them need a part of one.
+        beside = max(1, int((cores - _TASK_CPUS) / _GPU_ACTOR_CPUS))
+        places = min(int(gpus / each), beside) if gpus else max(1, int(cores))
         most = places if self._settings.workers == "auto" else min(self._settings.workers, places)
         if self._least and self._least > most:
             raise ConfigError("--min-workers", self._least, f"Ray has places for {most}", f"give at most {most}")
@@ -171,9 +175,22 @@ class RayPool:
             fn_constructor_args=(job, str(root), fingerprint, 0 if gpus else self._settings.threads),
             batch_size=1,
             num_cpus=_GPU_ACTOR_CPUS if gpus else _ACTOR_CPUS,
-            num_gpus=1 if gpus else 0,
+            num_gpus=each,
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
         )
+
+
+def _gpus_of_one(job: Job) -> float:
+    """GPUs of one scoring actor, on a machine that has as many."""
+    import ray
+    import torch
+
+    from clifflab.models.fit import gpus_needed
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    largest = max(int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"])
+    memory = torch.cuda.get_device_properties(0).total_memory >> 20 if torch.cuda.is_available() else None
+    return gpus_needed(job.model, memory, largest)
 
 
 class _Indexed:
