@@ -14,7 +14,8 @@ from clifflab.errors import ClifflabError, InputError, OutputError, WorkerError
 from clifflab.runtime import schedule as module
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.progress import Silent
-from clifflab.runtime.schedule import Schedule, Task
+from clifflab.runtime.queues import Task
+from clifflab.runtime.schedule import Schedule
 from clifflab.runtime.work import Job, Result
 from clifflab.stages.base import Unit
 
@@ -146,7 +147,7 @@ def test_a_lost_unit_waits_and_is_done_again_up_to_the_cap(make: Any, tmp_path: 
         schedule.lost(task, "killed", worker="w")
         now = time.monotonic()
         assert task not in schedule.waiting(now), "it waits"
-        assert schedule.next_pause(now) == pytest.approx(pause, abs=1)
+        assert schedule.queues.next_pause(now) == pytest.approx(pause, abs=1)
         assert task in schedule.waiting(now + pause + 1)
         assert task.attempt == attempt + 1
     schedule.take(task)
@@ -181,15 +182,17 @@ def test_bugs_and_disks_are_tried_again(make: Any) -> None:
     do_all(schedule, unless=lambda task: task.job.step == "traces")
     task = schedule.waiting(0.0)[0]
     for _ in range(3):
-        if task in schedule.waiting(1e9):
-            schedule.take(task)
+        assert task in schedule.waiting(1e9)
+        schedule.take(task)
         schedule.again(task, RuntimeError("CUDA error"))
     assert schedule.failures[0].told()["error"] == "RuntimeError: CUDA error"
     other = next(task for task in schedule.waiting(0.0) if task.job.model == "b")
     full = OutputError("output", "/x", "no space left on the disk", "make space")
     for _ in range(2):
+        assert other in schedule.waiting(1e9)
         schedule.take(other)
         schedule.done(other, Result(other.job, dict(WHERE), 0.1, error=full))
+    assert other in schedule.waiting(1e9)
     schedule.take(other)
     with pytest.raises(OutputError, match="no space"):  # every model writes to that disk
         schedule.done(other, Result(other.job, dict(WHERE), 0.1, error=full))

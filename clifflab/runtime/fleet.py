@@ -21,14 +21,15 @@ from clifflab.runtime.gangs import Gangs
 from clifflab.runtime.local import start_ray
 from clifflab.runtime.nodes import gpu_memory_mb as gpu_memory
 from clifflab.runtime.progress import Reporter
-from clifflab.runtime.schedule import Schedule, Task
+from clifflab.runtime.queues import Task
+from clifflab.runtime.schedule import Schedule
 from clifflab.runtime.seats import NODE_LABEL, Nodes, Seat
+from clifflab.runtime.staffing import Held, Opening, Staffing
 from clifflab.stages import Identities
 
 _TICK = 0.25
 _START_SECONDS = 180.0  # for a worker to come up where there is a free place
 _STACK_SECONDS = 2.0
-_CPU_SEATS = 4
 
 
 class Fleet:
@@ -64,13 +65,8 @@ class Fleet:
         self._nodes.look(time.monotonic())
         self._gpu_memory_mb = gpu_memory_mb or (gpu_memory() if self._nodes.gpus else None)
         self._seats: list[Seat] = []
-        self._load_seconds: dict[str, float] = {}
-        self._start_seconds = 0.0
         self._failed_starts = 0
         self._stuck_since: float | None = None
-        self._kept_for: tuple[str, str] | None = (
-            None  # a machine that is emptied, and the large model that waits for it
-        )
         self._told_of_stuck = False
         self.adopt(study, identities)
 
@@ -79,11 +75,10 @@ class Fleet:
         for seat in list(self._seats):
             self._retire(seat, "done")
         self._study, self._settings = study, study.runtime
-        self._specs = {spec.name: spec for spec in study.models}
         self._identities = self._ray.put(identities)
         self._gangs = Gangs(study, self._root, identities)
-        self._with_gpus = self._nodes.gpus > 0
         self._needs: dict[str, float] = {}
+        self._staff = Staffing(study, self._nodes, self._seats, self._needs)
 
     @property
     def places(self) -> int:
@@ -103,7 +98,7 @@ class Fleet:
             ClifflabError: What ends the study, and not a model alone.
         """
         self._schedule = schedule
-        if self._with_gpus:
+        if self._nodes.gpus:
             self._settle_needs()
         schedule.open()
         while True:
@@ -130,72 +125,21 @@ class Fleet:
 
     def _assign(self, now: float) -> None:
         """Give every idle worker the task that suits it best."""
+        queues = self._schedule.queues
+        queues.settle(now)
         for seat in sorted((seat for seat in self._seats if seat.idle), key=lambda seat: seat.since):
             if seat.leaving:
                 self._retire(seat, "idle")
                 continue
-            tasks = self._schedule.waiting(now)
-            task = self._own(seat, tasks) or self._others(seat, tasks, now)
-            if task:
+            task = self._staff.own(seat, queues)
+            if task is None and (key := self._staff.others(seat, self._schedule, now)) is not None:
+                if key in seat.seen:  # no worker loads a model twice
+                    self._retire(seat, "moved")
+                    self._open(Opening(key, seat.node, seat.gpus))
+                    continue
+                task = queues.first(key)
+            if task is not None:
                 self._begin(seat, task, now)
-
-    def _own(self, seat: Seat, tasks: list[Task]) -> Task | None:
-        """Work without a model, which others mostly wait for; then work with the model that is loaded."""
-        keys: list[str | None] = [None] if seat.kind == "cpu" or not self._cpu_seats() else []
-        keys += [seat.key] if seat.kind == "model" and seat.key else []
-        return next((task for key in keys for task in tasks if task.key == key), None)
-
-    def _others(self, seat: Seat, tasks: list[Task], now: float) -> Task | None:
-        """Work from the longest queue of another model, where that is better than to wait."""
-        if seat.kind == "cpu":
-            return None
-        found = [task for task in tasks if task.key not in (None, seat.key) and self._fits(seat, task.key)]
-        key = self._longest(found, seat)
-        if key is None:
-            return None
-        if seat.key is not None and self._schedule.expects(seat.key):
-            # It waits for its own model's next step at most as long as the change would cost.
-            cost = self._cost(key, seat) or self._load_seconds.get(seat.key, 0.0)
-            if now - seat.since < min(self._settings.patience_seconds, cost):
-                return None
-        if key in seat.seen:
-            node = seat.node
-            self._retire(seat, "moved")
-            self._open(key, node, self._need(key), "model")
-            return None
-        return next(task for task in found if task.key == key)
-
-    def _fits(self, seat: Seat, key: str | None) -> bool:
-        assert key is not None
-        return abs(self._need(key) - seat.gpus) < 1e-6 and self._workers(key) < self._most(key)
-
-    def _cost(self, key: str, seat: Seat | None = None) -> float:
-        """Seconds until a model could be in memory at a place, or at a new one: of a worker's start, and the load."""
-        fresh = seat is None or key in seat.seen
-        return self._load_seconds.get(key, 0.0) + (self._start_seconds if fresh else 0.0)
-
-    def _longest(self, tasks: list[Task], seat: Seat | None = None) -> str | None:
-        """The model with most waiting tasks a worker, of those where one more worker helps."""
-        queues: dict[str, list[Task]] = {}
-        for task in tasks:
-            if task.key is not None:
-                queues.setdefault(task.key, []).append(task)
-        best = {
-            key: len(queue) / (self._workers(key) + 1)
-            for key, queue in queues.items()
-            if self._helps(key, queue, self._cost(key, seat))
-        }
-        return max(best, key=lambda key: best[key]) if best else None
-
-    def _helps(self, key: str, queue: list[Task], cost: float) -> bool:
-        """Whether another worker would be there before those that are at it are done."""
-        workers = self._workers(key)
-        if not workers:
-            return True
-        each = [self._schedule.mean_seconds(task.pair) for task in queue]
-        if any(seconds is None for seconds in each):
-            return len(queue) > self._coming(key)
-        return sum(seconds for seconds in each if seconds) / workers > cost
 
     def _begin(self, seat: Seat, task: Task, now: float) -> None:
         self._schedule.take(task)
@@ -205,55 +149,24 @@ class Fleet:
         seat.task, seat.since, seat.moved, seat.beats, seat.pulse, seat.asked = task, now, now, -1, None, now
         seat.ref = seat.actor.do.remote(task.job)
 
-    # -- places ----------------------------------------------------------------------------------------------------
-
     def _grow(self, now: float) -> None:
         """Open places for what waits, the models without a worker first."""
-        if self._gangs.waiting:
-            return
-        tasks = self._schedule.waiting(now)
-        if self._kept_for and not any(task.key == self._kept_for[1] for task in tasks):
-            self._kept_for = None
-        loose = [task for task in tasks if task.key is None]
-        if loose and self._cpu_seats():
-            mine = [seat for seat in self._seats if seat.kind == "cpu"]
-            if len(mine) < self._cpu_seats() and len(loose) > sum(not seat.task for seat in mine):
-                self._open_somewhere(None, "cpu", now)
-        elif loose and len(loose) > sum(not seat.task and not seat.leaving for seat in self._seats):
-            self._open_somewhere(None, "model", now)
-        while (key := self._longest([t for t in tasks if self._wants(t.key, tasks)])) is not None:
-            if not self._open_somewhere(key, "model", now):
-                self._make_room(key, now)
+        while not self._gangs.waiting:
+            found, without = self._staff.opening(self._schedule, self._held(), now)
+            if found is None:
+                for seat in self._staff.in_the_way(without, self._schedule) if without else ():
+                    self._retire(seat, "moved")
                 return
+            self._open(found)
 
-    def _wants(self, key: str | None, tasks: list[Task]) -> bool:
-        """Whether more tasks wait for a model than workers are idle with it, or on their way."""
-        if key is None or self._workers(key) >= self._most(key):
-            return False
-        return sum(task.key == key for task in tasks) > self._coming(key)
-
-    def _open_somewhere(self, key: str | None, kind: str, now: float) -> bool:
-        limit = self._settings.workers
-        if kind == "model" and limit != "auto" and sum(s.kind == "model" for s in self._seats) >= limit:
-            return False
-        need = 0.0 if kind == "cpu" else self._need(key)
-        kept = set() if self._kept_for is None or key == self._kept_for[1] else {self._kept_for[0]}
-        node = self._nodes.spot(need, self._cpus(need), self._held(), now, kept if need else set())
-        if node is None:
-            return False
-        if self._kept_for and key == self._kept_for[1]:
-            self._kept_for = None
-        self._open(key, node, need, kind)
-        return True
-
-    def _open(self, key: str | None, node: str, gpus: float, kind: Any) -> None:
+    def _open(self, opening: Opening) -> None:
         """Ask for a place on a machine, and for a worker in it."""
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        cpus = self._cpus(gpus)
+        gpus, cpus = opening.gpus, self._staff.cpus(opening.gpus)
         bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-        group = placement_group([bundle], bundle_label_selector=[{NODE_LABEL: node}])
+        group = placement_group([bundle], bundle_label_selector=[{NODE_LABEL: opening.node}])
         pinned: Any = self._ray.remote  # Ray's stubs know no concurrency groups
         actor_class = pinned(
             num_cpus=cpus,
@@ -263,98 +176,45 @@ class Fleet:
             concurrency_groups={WATCH: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )(StudyActor)
-        actor: Any = actor_class.remote(self._study, self._place, self._identities, blind=kind == "cpu")
-        self._seats.append(Seat(node, kind, gpus, cpus, key, group, actor, actor.hello.remote()))
-
-    def _make_room(self, key: str, now: float) -> None:
-        """Close idle places that are in the way of a model that has none; for a large one, of a whole machine."""
-        need = self._need(key)
-        idle = [
-            seat
-            for seat in self._seats
-            if seat.idle and seat.kind == "model" and (seat.key is None or not self._schedule.expects(seat.key))
-        ]
-        for seat in idle:
-            if abs(seat.gpus - need) > 1e-6:
-                self._retire(seat, "moved")
-        if need <= 1 or self._workers(key) or self._kept_for:
-            return
-        fitting = [node for node in self._nodes.alive if node.gpus >= need]
-        if fitting:
-            busy = {n.id: sum(s.task is not None for s in self._seats if s.node == n.id) for n in fitting}
-            chosen = min(fitting, key=lambda node: busy[node.id])
-            self._kept_for = (chosen.id, key)  # no one else takes what becomes free there
-            for seat in self._seats:
-                seat.leaving |= seat.node == chosen.id and seat.kind == "model"
+        blind = opening.kind == "cpu"
+        actor: Any = actor_class.remote(self._study, self._place, self._identities, blind=blind)
+        hello = actor.hello.remote()
+        self._seats.append(Seat(opening.node, opening.kind, gpus, cpus, opening.key, group, actor, hello))
 
     def _together(self, now: float) -> None:
         """Start what groups of workers do, once there are places for all of them; others make way."""
         self._gangs.waiting = False
-        for task in self._schedule.waiting(now, together=True):
+        gpus = 1.0 if self._nodes.gpus else 0.0
+        for task in self._schedule.queues.groups:
             workers = self._gangs.workers(max((node.gpus for node in self._nodes.alive), default=0))
             nodes, held = list[str](), self._held()
-            gpus = 1.0 if self._with_gpus else 0.0
             while len(nodes) < workers and (node := self._nodes.spot(gpus, 1.0, held, now)) is not None:
                 nodes.append(node)
                 held.append((node, gpus, 1.0))
-            enough = (self._nodes.gpus if self._with_gpus else self._nodes.cpus) >= workers
+            enough = (self._nodes.gpus or self._nodes.cpus) >= workers
             if len(nodes) == workers or not enough:  # too few of them is an error of the user's that it reports
                 self._schedule.take(task)
                 self._gangs.start(task, nodes, gpus)
                 continue
             self._gangs.waiting = True
-            leaving = sum(seat.leaving for seat in self._seats)
-            mine = [seat for seat in self._seats if seat.kind == "model" and not seat.leaving]
-            for seat in sorted(mine, key=lambda seat: seat.task is not None)[: max(0, workers - len(nodes) - leaving)]:
+            mine = [seat for seat in self._seats if seat.kind == "model"]
+            missing = workers - len(nodes) - sum(seat.leaving for seat in mine)
+            staying = sorted((seat for seat in mine if not seat.leaving), key=lambda seat: seat.task is not None)
+            for seat in staying[: max(0, missing)]:
                 seat.leaving = True
-            for seat in [seat for seat in self._seats if seat.leaving and seat.idle]:
-                self._retire(seat, "idle")
             return
 
-    def _held(self) -> list[tuple[str, float, float]]:
+    def _held(self) -> Held:
         return [*((seat.node, seat.gpus, seat.cpus) for seat in self._seats), *self._gangs.held]
-
-    def _cpus(self, gpus: float) -> float:
-        """Cores of a place: one, or less where a machine has more GPUs than cores."""
-        if not gpus:
-            return 1.0
-        share = min((node.cpus / node.gpus for node in self._nodes.alive if node.gpus), default=1.0)
-        return 1.0 if share >= 1 else max(0.01, round(share, 2))
-
-    def _cpu_seats(self) -> int:
-        """Places without a GPU beside those with one."""
-        if not self._with_gpus:
-            return 0
-        return min(_CPU_SEATS, int(self._nodes.cpus - self._nodes.gpus))
-
-    def _need(self, key: str | None) -> float:
-        """GPUs that a model needs; the guard one, as do workers that hold nothing."""
-        if not self._with_gpus:
-            return 0.0
-        if key is None or key not in self._specs:
-            return 1.0
-        return self._needs[key]
 
     def _settle_needs(self) -> None:
         """How many GPUs each model needs; those that fit no machine are left out."""
         largest = int(max((node.gpus for node in self._nodes.alive), default=0))
-        for name, spec in self._specs.items():
+        for spec in self._study.models:
             try:
-                self._needs[name] = gpus_needed(spec, self._gpu_memory_mb, largest)
+                self._needs[spec.name] = gpus_needed(spec, self._gpu_memory_mb, largest)
             except ClifflabError as error:
-                self._needs[name] = 1.0
-                self._schedule.give_up(name, error)
-
-    def _most(self, key: str) -> float:
-        replicas = self._specs[key].replicas if key in self._specs else "auto"
-        return float("inf") if replicas == "auto" else replicas
-
-    def _workers(self, key: str) -> int:
-        return sum(seat.kind == "model" and seat.key == key for seat in self._seats)
-
-    def _coming(self, key: str) -> int:
-        """Workers of a model that can take a task now or soon."""
-        return sum(seat.kind == "model" and seat.key == key and seat.task is None for seat in self._seats)
+                self._schedule.give_up(spec.name, error)
 
     # -- what comes back -------------------------------------------------------------------------------------------
 
@@ -400,7 +260,7 @@ class Fleet:
         found.where = {"worker": seat.id, **found.where}
         found.attempt = task.attempt
         for load in found.loads:
-            self._load_seconds[load["model"]] = load["seconds"]
+            self._staff.load_seconds[load["model"]] = load["seconds"]
         self._schedule.done(task, found)
 
     def _welcome(self, seat: Seat, where: dict[str, Any], seconds: float) -> None:
@@ -409,7 +269,7 @@ class Fleet:
         if (code := where.pop("code")) != code_version():
             problem = f"machine {where['node'][:8]} runs it, and the driver {code_version()}"
             raise ClusterError("code", code, problem, "install the same clifflab on every machine")
-        self._start_seconds = seconds
+        self._staff.start_seconds = seconds
         self._log.write(
             "worker_start", worker=seat.id, kind=seat.kind, gpus=seat.gpus, **where, seconds=round(seconds, 3)
         )
@@ -488,7 +348,7 @@ class Fleet:
 
     def _check_stuck(self, now: float, *, busy: bool) -> None:
         """Say so when there is work and no place for it; give up when that lasts."""
-        if busy or any(not seat.started for seat in self._seats) or self._schedule.next_pause(now) is not None:
+        if busy or any(not seat.started for seat in self._seats) or self._schedule.queues.next_pause(now) is not None:
             self._stuck_since = None
             return
         if self._stuck_since is None:

@@ -12,7 +12,7 @@ from typing import Any
 from clifflab.config import Study
 from clifflab.errors import ClifflabError
 from clifflab.runtime.gang import Gang, run_gang
-from clifflab.runtime.schedule import Task
+from clifflab.runtime.queues import Task
 from clifflab.runtime.storage import LocalStore
 from clifflab.runtime.work import Job, Result, Worker
 from clifflab.stages import Identities

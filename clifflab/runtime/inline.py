@@ -38,10 +38,12 @@ class InlineRuntime:
         """
         schedule.open()
         while True:
-            now = time.monotonic()
-            tasks = schedule.waiting(now) + schedule.waiting(now, together=True)
+            queues = schedule.queues
+            queues.settle(time.monotonic())
+            firsts = [task for key in (None, *queues.keys) if (task := queues.first(key))]
+            tasks = [*firsts, *queues.groups]
             if not tasks:
-                pause = schedule.next_pause(now)
+                pause = queues.next_pause(time.monotonic())
                 if pause is None:
                     return
                 time.sleep(pause)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,43 +17,13 @@ from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, OutputError, WorkerError, shorten, without_credentials
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.progress import Reporter
+from clifflab.runtime.queues import Queues, Task
 from clifflab.runtime.work import Job, Result
 from clifflab.stages import STEPS, Context
-from clifflab.stages.base import GUARD, GangStep, Pair, upstream
+from clifflab.stages.base import GUARD, Pair, upstream
 
 _TRACEBACK = 4000  # characters of one in the event log
 _LONGEST_PAUSE = 60.0
-
-
-@dataclass
-class Task:
-    """A job that waits, or is being done.
-
-    Attributes:
-        job: The job.
-        key: The model that must be in memory for it (see :meth:`clifflab.stages.base.Step.needs`).
-        order: Place of its step among all.
-        attempt: Which try this is.
-        after: Not to be begun before.
-        groups: Whether workers may form groups.
-    """
-
-    job: Job
-    key: str | None
-    order: int
-    attempt: int = 1
-    after: float = 0.0
-    groups: bool = True
-
-    @property
-    def pair(self) -> Pair:
-        """Its step and model."""
-        return self.job.step, self.job.model
-
-    @property
-    def together(self) -> bool:
-        """Whether a group of workers does it."""
-        return self.groups and self.job.unit is not None and isinstance(STEPS[self.job.step], GangStep)
 
 
 @dataclass(frozen=True)
@@ -126,7 +96,7 @@ class Schedule:
         self._reads = {p: {q for q in upstream(context.study, STEPS, *p) if q in wanted} for p in todo}
         self._closed: list[Pair] = list(todo)  # not begun
         self._left: dict[Pair, int] = {}  # units of begun steps that are not done; the merge counts as one
-        self._queue: list[Task] = []
+        self.queues = Queues()
         self._never: set[Pair] = set()  # steps that will not be whole in this run
         self.failures: list[Failure] = []
         self.seconds: dict[Pair, deque[float]] = {}
@@ -163,31 +133,31 @@ class Schedule:
         self._add(missing or [Job(name, model)])
 
     def _add(self, jobs: list[Job]) -> None:
+        tasks = []
         for job in jobs:
             key = STEPS[job.step].needs(self._context, job.unit, job.model)
-            self._queue.append(Task(job, key, self._order[job.step, job.model], groups=self._files.shared))
-        self._queue.sort(key=lambda task: task.order)  # stable: units stay in their order
-        first = jobs[0]
-        needs = {task.key for task in self._queue if task.pair == (first.step, first.model)}
-        key = needs.pop() if len(needs) == 1 else None
+            tasks.append(Task(job, key, self._order[job.step, job.model], groups=self._files.shared))
+        self.queues.add(tasks)
+        first, keys = jobs[0], {task.key for task in tasks}
         self._log.write(
-            "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None, key=key
+            "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None,
+            key=keys.pop() if len(keys) == 1 else None,
         )  # fmt: skip
 
-    def waiting(self, now: float, *, together: bool = False) -> list[Task]:
-        """Tasks that may begin, the earliest step first; those for groups of workers, or all others."""
-        return [task for task in self._queue if task.after <= now and task.together == together]
+    def waiting(self, now: float) -> list[Task]:
+        """Everything that may begin, the earliest step first."""
+        self.queues.settle(now)
+        return list(self.queues)
 
     def take(self, task: Task) -> None:
         """A task is begun."""
-        self._queue.remove(task)
+        self.queues.take(task)
 
     def expects(self, key: str) -> bool:
         """Whether work for a model in memory may still come."""
         left = [*self._closed, *self._left]
-        return any(STEPS[name].loads and (model == key or key == GUARD) for name, model in left if model) or any(
-            task.key == key for task in self._queue
-        )
+        coming = any(STEPS[name].loads and (model == key or key == GUARD) for name, model in left if model)
+        return coming or bool(self.queues.size(key))
 
     @property
     def models(self) -> set[str]:
@@ -199,12 +169,7 @@ class Schedule:
         """Whether nothing waits, and no step can be begun any more; what runs may change that."""
         unfinished = set(self._closed) | set(self._left) | self._never
         ready = any(not self._reads[pair] & unfinished for pair in self._closed)
-        return not self._queue and not ready
-
-    def next_pause(self, now: float) -> float | None:
-        """Seconds until a task that waits for its next try may begin; ``None`` where none does."""
-        pauses = [task.after - now for task in self._queue if task.after > now]
-        return min(pauses) if pauses else None
+        return not self.queues and not ready
 
     def mean_seconds(self, pair: Pair) -> float | None:
         """Mean time of the last units of a step; ``None`` before the first."""
@@ -280,8 +245,7 @@ class Schedule:
                 "retry", step=task.job.step, model=task.job.model, unit=task.job.name, attempt=task.attempt,
                 pause=round(pause, 3), error=shorten(_text(error), 400), traceback=_traceback(error),
             )  # fmt: skip
-        self._queue.append(task)
-        self._queue.sort(key=lambda other: other.order)
+        self.queues.postpone(task)
 
     def give_up(self, model: str, error: ClifflabError) -> None:
         """A model cannot be used here."""
@@ -303,7 +267,7 @@ class Schedule:
             raise error
         self._note(task, error)
         group = self.group(task.job.model)
-        self._queue = [other for other in self._queue if other.job.model not in group]
+        self.queues.drop(group)
         self._never |= {pair for pair in [*self._closed, *self._left] if pair[1] in group}
         self._closed = [pair for pair in self._closed if pair[1] not in group]
         self._left = {pair: left for pair, left in self._left.items() if pair[1] not in group}
@@ -332,10 +296,6 @@ class Schedule:
     def group(self, model: str) -> set[str]:
         """All models that belong together with one."""
         return {spec.name for spec in self._context.study.models if self.root(spec.name) == self.root(model)}
-
-    def counts(self, tasks: Iterable[Task]) -> Counter[str | None]:
-        """How many tasks wait for each model."""
-        return Counter(task.key for task in tasks)
 
 
 def _title(pair: Pair) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clifflab.runtime.schedule import Task
+from clifflab.runtime.queues import Task
 
 _LOOK = 2.0  # seconds between two looks at the machines
 _BLOCKED = 30.0  # seconds for which a machine whose place did not come is left alone
