@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from clifflab.config import RuntimeConfig
-from clifflab.runtime import meters, score_pool
-from clifflab.runtime.meters import BUSY, ROWS, TOKENS, UNITS, record
+from clifflab.runtime import score_pool
 from clifflab.runtime.score_pool import _Score
+from clifflab.runtime.status import meters
+from clifflab.runtime.status.meters import BUSY, ROWS, TOKENS, UNITS, record
 
 _PATIENCE = 25.0
 
@@ -48,7 +49,7 @@ def scraped(port: int) -> dict[tuple[str, str, str], float]:
 def test_workers_tell_rays_metrics(ray: Any) -> None:
     class Told:
         def tell(self, times: int) -> int:
-            from clifflab.runtime.meters import record
+            from clifflab.runtime.status.meters import record
 
             for _ in range(times):
                 record("traces", "planted", {"rows": 10, "tokens": 100, "rejects": 3}, 1.5)

@@ -19,8 +19,8 @@ from clifflab.cli.status import command
 from clifflab.errors import ClifflabError
 from clifflab.runtime import status
 from clifflab.runtime.events import EventLog, EventReader, read_events
-from clifflab.runtime.state import RunState
 from clifflab.runtime.status import LINES, PREFIX, RunFolder, Watcher, of_job, parse_line, render, status_line
+from clifflab.runtime.status.state import RunState
 from tests.buckets import writable
 from tests.jobserver import Job, JobServer
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from clifflab.errors import OutputError
-from clifflab.runtime import storage_lease, storage_objects
 from clifflab.runtime.folder import StudyFiles, identify, plan
 from clifflab.runtime.storage import check_output, left_probe, mirror_job, open_store, reads_of, seen_probes
-from clifflab.runtime.storage_mirror import MirrorStore
+from clifflab.runtime.storage import lease as storage_lease
+from clifflab.runtime.storage import objects as storage_objects
+from clifflab.runtime.storage.mirror import MirrorStore
 from clifflab.runtime.study import prepare, run
 from clifflab.runtime.work import Job, Worker
 from clifflab.scoring import filesystems

@@ -23,7 +23,7 @@ from clifflab.cli import main
 from clifflab.errors import ClusterError, InputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
-from clifflab.runtime.storage_check import left_probe
+from clifflab.runtime.storage.check import left_probe
 from clifflab.runtime.submit.follow import compact
 from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash

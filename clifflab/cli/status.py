@@ -128,7 +128,7 @@ def _list(address: str | None, as_json: bool) -> int:
     from rich.console import Console
 
     from clifflab.runtime.status import RunFolder
-    from clifflab.runtime.status_view import summary_line
+    from clifflab.runtime.status.view import summary_line
 
     if address is not None:
         snapshots = _all_of_cluster(address)
@@ -158,7 +158,7 @@ def _audit(folder: RunFolder | None, run: str | None, as_json: bool) -> int:
     from rich.console import Console
 
     from clifflab.runtime.audit import audit
-    from clifflab.runtime.audit_view import render_audit
+    from clifflab.runtime.audit.view import render_audit
     from clifflab.runtime.events import read_events
     from clifflab.runtime.status import EVENTS
 

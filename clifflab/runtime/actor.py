@@ -13,7 +13,7 @@ from clifflab.artifacts import code_version
 from clifflab.config import Study
 from clifflab.errors import without_credentials
 from clifflab.pulse import beats
-from clifflab.runtime.meters import record
+from clifflab.runtime.status.meters import record
 from clifflab.runtime.storage import open_store
 from clifflab.runtime.submit.here import current_folder
 from clifflab.runtime.work import Job, Result, Worker

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.errors import InputError, OutputError, shorten, without_credentials
-from clifflab.runtime.storage_check import check_output, left_probe
+from clifflab.runtime.storage.check import check_output, left_probe
 
 _DRIVER = "driver"
 _SETTLE = 3.0  # seconds until a file on a network drive is seen by others
@@ -149,7 +149,7 @@ def sees(path: str) -> bool:
 def sees_output(out: str, name: str, token: str, node: str) -> str:
     """Write, read and delete a file in the output, and look for the driver's; returns why that failed, or nothing.
 
-    Called while the driver holds its own file there (:func:`~clifflab.runtime.storage_check.left_probe`).
+    Called while the driver holds its own file there (:func:`~clifflab.runtime.storage.check.left_probe`).
     """
     until = time.monotonic() + _SETTLE
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, ConfigError, WorkerError, shorten
-from clifflab.runtime.meters import record
+from clifflab.runtime.status.meters import record
 from clifflab.scoring.commit import Receipt
 from clifflab.scoring.job import WORK, Job
 from clifflab.scoring.layout import SourceIndex

@@ -12,7 +12,7 @@ import aiohttp
 
 from clifflab.errors import ClusterError
 from clifflab.runtime.status import parse_line
-from clifflab.runtime.status_view import duration
+from clifflab.runtime.status.view import duration
 from clifflab.runtime.submit.client import Cluster
 from clifflab.runtime.submit.ids import JobView
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clifflab.errors import shorten
-from clifflab.runtime.audit_idle import Gap, SlotUse, slot_uses
-from clifflab.runtime.audit_slots import WORK, Event
-from clifflab.runtime.audit_times import load_times, times_by_step
+from clifflab.runtime.audit.idle import Gap, SlotUse, slot_uses
+from clifflab.runtime.audit.slots import WORK, Event
+from clifflab.runtime.audit.times import load_times, times_by_step
 
 INLINE = "inline"
 _SLOWEST = 10

@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from clifflab.artifacts import remove
 from clifflab.errors import OutputError
-from clifflab.runtime.storage_client import Client, Stamp
-from clifflab.runtime.storage_folder import WORK, Local, MirrorFolder, Sinking, mirrored, rank_of, same
-from clifflab.runtime.storage_lease import Lease
-from clifflab.runtime.storage_objects import Objects
-from clifflab.runtime.storage_scratch import Scratch
+from clifflab.runtime.storage.client import Client, Stamp
+from clifflab.runtime.storage.folder import WORK, Local, MirrorFolder, Sinking, mirrored, rank_of, same
+from clifflab.runtime.storage.lease import Lease
+from clifflab.runtime.storage.objects import Objects
+from clifflab.runtime.storage.scratch import Scratch
 
 T = TypeVar("T")
 R = TypeVar("R")

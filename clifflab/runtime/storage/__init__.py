@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Protocol
 
 from clifflab import artifacts
-from clifflab.runtime.storage_address import address_of, local_root
-from clifflab.runtime.storage_check import check_output as check_output
-from clifflab.runtime.storage_check import left_probe as left_probe
-from clifflab.runtime.storage_check import seen_probes as seen_probes
-from clifflab.runtime.storage_folder import Local
-from clifflab.runtime.storage_jobs import mirror_job as mirror_job
-from clifflab.runtime.storage_jobs import outputs_of as outputs_of
-from clifflab.runtime.storage_jobs import reads_of as reads_of
-from clifflab.runtime.storage_mirror import MirrorStore
-from clifflab.runtime.storage_scratch import Scratch
+from clifflab.runtime.storage.address import address_of, local_root
+from clifflab.runtime.storage.check import check_output as check_output
+from clifflab.runtime.storage.check import left_probe as left_probe
+from clifflab.runtime.storage.check import seen_probes as seen_probes
+from clifflab.runtime.storage.folder import Local
+from clifflab.runtime.storage.jobs import mirror_job as mirror_job
+from clifflab.runtime.storage.jobs import outputs_of as outputs_of
+from clifflab.runtime.storage.jobs import reads_of as reads_of
+from clifflab.runtime.storage.mirror import MirrorStore
+from clifflab.runtime.storage.scratch import Scratch
 
 
 class Store(Protocol):

@@ -132,7 +132,7 @@ def _seat(workers: Mapping[str, Seated]) -> None:
 
 
 def there(workers: Mapping[str, Seated], end: float, *, ended: bool, gone: Mapping[str, float]) -> dict[Slot, Span]:
-    """When each slot was there, and known about (see :func:`~clifflab.runtime.audit_idle.slot_uses`).
+    """When each slot was there, and known about (see :func:`~clifflab.runtime.audit.idle.slot_uses`).
 
     Args:
         workers: From :func:`seated`.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from clifflab.runtime.audit_slots import (
+from clifflab.runtime.audit.slots import (
     FAILED,
     GROUP,
     WORK,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from clifflab.artifacts import read_json, write_json
 from clifflab.errors import ClifflabError, shorten
 from clifflab.runtime.events import EventReader
-from clifflab.runtime.state import RunState
-from clifflab.runtime.state_steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
-from clifflab.runtime.status_view import render as render
+from clifflab.runtime.status.state import RunState
+from clifflab.runtime.status.steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
+from clifflab.runtime.status.view import render as render
 
 if TYPE_CHECKING:
     from clifflab.runtime.storage import Store

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from clifflab.runtime.storage_client import BLOCK, Sink, Stamp
+from clifflab.runtime.storage.client import BLOCK, Sink, Stamp
 
 
 class ArrowClient:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from clifflab.artifacts import output_error, read_json, remove, write_json
 from clifflab.errors import OutputError
-from clifflab.runtime.storage_client import Stamp
-from clifflab.runtime.storage_lease import LEASE
+from clifflab.runtime.storage.client import Stamp
+from clifflab.runtime.storage.lease import LEASE
 
 T = TypeVar("T")
 WORK = ".work"

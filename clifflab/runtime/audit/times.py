@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from clifflab.runtime.audit_slots import Event
+from clifflab.runtime.audit.slots import Event
 
 
 def times_by_step(runs: Sequence[Sequence[Event]]) -> list[dict[str, Any]]:

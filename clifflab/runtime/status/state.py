@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from clifflab.errors import shorten
-from clifflab.runtime.state_steps import (
+from clifflab.runtime.status.steps import (
     DONE,
     FAILED,
     PARTIAL,

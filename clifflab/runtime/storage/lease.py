@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.errors import ClifflabError, OutputError
-from clifflab.runtime.storage_client import Stamp
-from clifflab.runtime.storage_objects import Objects
+from clifflab.runtime.storage.client import Stamp
+from clifflab.runtime.storage.objects import Objects
 from clifflab.scoring.filesystems import OUTPUT
 
 LEASE, CLAIM = ".lock.json", ".clifflab-claim-"

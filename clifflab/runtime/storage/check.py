@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 from clifflab.artifacts import output_error
 from clifflab.errors import OutputError
-from clifflab.runtime.storage_address import address_of, local_root
-from clifflab.runtime.storage_objects import Objects
+from clifflab.runtime.storage.address import address_of, local_root
+from clifflab.runtime.storage.objects import Objects
 from clifflab.scoring.filesystems import OUTPUT
 
 PROBE = ".clifflab-check-"

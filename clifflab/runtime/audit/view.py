@@ -12,8 +12,8 @@ from rich.text import Text
 
 from clifflab.errors import shorten
 from clifflab.runtime.audit import Audit, place
-from clifflab.runtime.audit_idle import Gap
-from clifflab.runtime.status_view import duration
+from clifflab.runtime.audit.idle import Gap
+from clifflab.runtime.status.view import duration
 
 _MOST = 10
 

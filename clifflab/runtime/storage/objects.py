@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from clifflab.errors import OutputError, UserError
-from clifflab.runtime.storage_arrow import ArrowClient
-from clifflab.runtime.storage_client import Client
-from clifflab.runtime.storage_fsspec import FsspecClient
+from clifflab.runtime.storage.arrow import ArrowClient
+from clifflab.runtime.storage.client import Client
+from clifflab.runtime.storage.fsspec import FsspecClient
 from clifflab.scoring.filesystems import OUTPUT, denied, locate, of_store, reading, scheme_of
 
 T = TypeVar("T")
