@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from clifflab.errors import ClusterError
 
 _SECONDS = 2.0  # of each question; at most two of them can go unanswered
-_START = "start one with: ray start --head"
+_START = "start one with: RAY_AUTH_MODE=token ray start --head"
 _TOKEN_PLACES = "RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"  # noqa: S105
 OPEN_TO_ALL = (
     "the Ray at {address} asks for no token: everyone who reaches it can run code there; "
