@@ -107,30 +107,98 @@ def test_a_large_model_gets_a_whole_machine() -> None:
     assert sum(opening.gpus for opening in found) == 4
 
 
-def test_a_machine_is_emptied_for_a_large_model_and_kept_for_it() -> None:
-    seats = [seat(node, "small", busy=True) for node in ("n0", "n0", "n1", "n1")]
-    seats[3].task = None
-    staffing = staff(Machines((8, 2), (8, 2)), seats, {"big": {"gpus": 2}, "small": {}})
-    plan: Any = Plan({"big": 1, "small": 50})
-    held = [(s.node, s.gpus, s.cpus) for s in seats]
-    found, without = staffing.opening(plan, held, 0.0)
-    assert (found, without) == (None, "big")
-    assert staffing.in_the_way("big", plan) == [seats[3]]
-    assert staffing.kept_for == ("n1", "big"), "the machine with least to wait for"
-    assert [s.leaving for s in seats] == [False, False, True, True]
-    seats.remove(seats[3])
-    held = [(s.node, s.gpus, s.cpus) for s in seats]
-    assert staffing.opening(plan, held, 0.0)[0] is None, "what became free is kept"
-    seats.remove(seats[2])
-    held = [(s.node, s.gpus, s.cpus) for s in seats]
-    assert staffing.opening(plan, held, 0.0)[0] == Opening("big", "n1", 2.0)
+def held(seats: list[Seat]) -> list[tuple[str, float, float]]:
+    return [(s.node, s.gpus, s.cpus) for s in seats]
+
+
+def test_a_machine_is_kept_for_a_large_model() -> None:
+    """Its workers finish what waits for their model, take nothing else, and make way."""
+    seats = [seat(node, "small", busy=True) for node in ("n0", "n0", "n1")]
+    staffing = staff(Machines((8, 2), (8, 2)), seats, {"big": {"gpus": 2}, "small": {}, "more": {}})
+    plan: Any = Plan({"big": 1, "small": 50, "more": 9}, expected="small")
+    seats.append(seat("n1", "more", busy=True))
+    assert staffing.opening(plan, held(seats), 0.0) == (None, "big")
+    assert staffing.in_the_way("big", plan, held(seats), 0.0) == []
+    assert staffing.kept_for is not None
+    kept = staffing.kept_for[0]
+    mine = next(s for s in seats if s.node == kept and s.key == "small")
+    mine.task = None
+    assert staffing.own(mine, plan.queues, 0.0).job.model == "small"  # type: ignore[union-attr]
+    empty: Any = Plan({"big": 1, "more": 9})
+    assert staffing.others(mine, empty, 100.0) is None, "the machine is kept"
+    for s in [s for s in seats if s.node == kept]:
+        s.task = None
+    closed = staffing.in_the_way("big", empty, held(seats), 0.0)
+    assert {s.node for s in closed} == {kept}
+    seats[:] = [s for s in seats if s not in closed]
+    assert staffing.opening(empty, held(seats), 0.0)[0] == Opening("big", kept, 2.0)
     assert staffing.kept_for is None
+
+
+def test_two_large_models_on_one_machine_take_turns() -> None:
+    """Neither drives the other out: the second comes when the first has nothing to do."""
+    first = seat("n0", "one", 2.0, busy=True)
+    staffing = staff(Machines((8, 2)), [first], {"one": {"gpus": 2}, "two": {"gpus": 2}}, patience_seconds=5)
+    plan: Any = Plan({"one": 9, "two": 9}, expected="one two")
+    for now in (0.0, 1000.0):
+        assert staffing.opening(plan, held([first]), now) == (None, "two")
+        assert staffing.in_the_way("two", plan, held([first]), now) == []
+        assert staffing.kept_for is None
+        assert not first.leaving
+    first.task = None
+    assert staffing.others(first, Plan({"two": 9}, expected="two"), 0.0) == "two"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2.0])
+def test_an_idle_worker_makes_way_for_a_model_of_another_size(gpus: float) -> None:
+    """A guard needs one GPU, and the studied model's next step waits for it."""
+    mine = seat("n0", "a", gpus)
+    staffing = staff(Machines((8, max(1.0, gpus))), [mine], {"a": {"gpus": gpus}}, patience_seconds=5)
+    plan: Any = Plan({"(guard)": 3}, expected="a")
+    assert staffing.in_the_way("(guard)", plan, held([mine]), 4.0) == []
+    assert staffing.in_the_way("(guard)", plan, held([mine]), 6.0) == [mine]
+
+
+def test_shares_are_counted_by_gpu() -> None:
+    """Two workers of 0.6 leave 0.4 of each of two GPUs, and no room for a third."""
+    seats: list[Seat] = []
+    staffing = staff(Machines((8, 2)), seats, {"a": {"gpus": 0.6}})
+    assert len(fill(staffing, seats, Plan({"a": 9}))) == 2
+
+
+def test_a_task_is_tried_elsewhere_first() -> None:
+    mine = seat("n0", "a")
+    mine.spot = "n0:0"
+    staffing = staff(Machines((4, 2)), [mine], {"a": {}}, patience_seconds=5)
+    plan: Any = Plan({"a": 2})
+    first, second = plan.queues
+    first.avoid = {"n0:0"}
+    assert staffing.own(mine, plan.queues, 0.0) is second
+    plan.queues.take(second)
+    assert staffing.own(mine, plan.queues, 0.0) is None
+    assert staffing.own(mine, plan.queues, 6.0) is first, "where nobody else takes it, here"
+
+
+def test_idle_workers_beside_gpus_do_loose_work_where_no_one_else_can() -> None:
+    mine = seat("n0", "a", 0.5)
+    staffing = staff(Machines((1, 1)), [mine], {"a": {"gpus": 0.5}}, patience_seconds=5)
+    plan: Any = Plan({None: 1}, expected="a")
+    assert staffing.own(mine, plan.queues, 2.0) is not None
+
+
+def test_work_behind_a_long_unit_gets_another_worker() -> None:
+    busy = seat("n0", "a", busy=True)
+    staffing = staff(Machines((4, 2)), [busy], {"a": {}}, patience_seconds=5)
+    staffing.load_seconds = {"a": 30.0}
+    plan: Any = Plan({"a": 1}, 1.0)
+    assert staffing.opening(plan, held([busy]), 10.0)[0] is None
+    assert staffing.opening(plan, held([busy]), 40.0)[0] is not None
 
 
 def test_work_without_a_model_has_places_of_its_own_beside_gpus() -> None:
     seats: list[Seat] = []
     found = fill(staff(Machines((6, 2)), seats, {"a": {}}), seats, Plan({None: 9, "a": 1}))
-    assert [opening.kind for opening in found].count("cpu") == 4
+    assert [opening.kind for opening in found].count("cpu") == 4, "the cores that GPUs leave"
     assert all(opening.gpus == 0 for opening in found if opening.kind == "cpu")
     seats = []
     found = fill(staff(Machines((2, 0)), seats, {"a": {}}), seats, Plan({None: 9}))
@@ -154,7 +222,7 @@ def test_an_idle_worker_waits_for_its_own_model_at_most_as_long_as_a_change_cost
 @pytest.mark.parametrize(("seconds", "joins"), [(0.1, False), (10.0, True)])
 def test_a_worker_joins_a_queue_only_if_it_will_not_be_over_first(seconds: float, joins: bool) -> None:
     mine = seat("n0", "a")
-    staffing = staff(Machines((4, 2)), [mine, seat("n0", "b", busy=True)], {"a": {}, "b": {}})
+    staffing = staff(Machines((4, 2)), [mine, seat("n0", "b", busy=True, since=99.0)], {"a": {}, "b": {}})
     staffing.load_seconds = {"b": 5.0}
     plan: Any = Plan({"b": 4}, seconds)
     assert (staffing.others(mine, plan, 100.0) == "b") is joins

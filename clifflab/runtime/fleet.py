@@ -30,6 +30,7 @@ from clifflab.stages import Identities
 _TICK = 0.25
 _START_SECONDS = 180.0  # for a worker to come up where there is a free place
 _STACK_SECONDS = 2.0
+_STRIKES, _PARK, _LONGEST_PARK = 3, 60.0, 3600.0  # failures in a row after which a GPU is left alone, and how long
 
 
 class Fleet:
@@ -60,12 +61,14 @@ class Fleet:
 
         self._ray, self._place, self._root, self._log, self._reporter = ray, place, root, log, reporter
         errors = ray.exceptions
-        self._dead = (errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError, errors.WorkerCrashedError)
+        self._bugs = errors.RayTaskError
         self._nodes = Nodes()
         self._nodes.look(time.monotonic())
         self._gpu_memory_mb = gpu_memory_mb or (gpu_memory() if self._nodes.gpus else None)
         self._seats: list[Seat] = []
-        self._failed_starts = 0
+        self._strikes: dict[str, int] = {}  # failures in a row, by place
+        self._load_losses: dict[str, int] = {}  # workers that died while they loaded a model
+        self._parked: list[tuple[float, Seat]] = []
         self._stuck_since: float | None = None
         self._told_of_stuck = False
         self.adopt(study, identities)
@@ -104,6 +107,7 @@ class Fleet:
         while True:
             now = time.monotonic()
             self._drop_lost_nodes(now)
+            self._unpark(now)
             self._together(now)
             self._assign(now)
             self._grow(now)
@@ -115,11 +119,17 @@ class Fleet:
                 schedule.open()
 
     def close(self) -> None:
-        """End the workers, and Ray if it was started here."""
-        for seat in list(self._seats):
-            self._retire(seat, "done")
-        if self._started:
-            self._ray.shutdown()
+        """End the workers, and Ray if it was started here, whatever goes wrong."""
+        from ray.util.placement_group import remove_placement_group
+
+        try:
+            for seat in list(self._seats):
+                self._retire(seat, "done")
+            for _, seat in self._parked:
+                remove_placement_group(seat.group)
+        finally:
+            if self._started:
+                self._ray.shutdown()
 
     # -- who does what ---------------------------------------------------------------------------------------------
 
@@ -131,13 +141,13 @@ class Fleet:
             if seat.leaving:
                 self._retire(seat, "idle")
                 continue
-            task = self._staff.own(seat, queues)
+            task = self._staff.own(seat, queues, now)
             if task is None and (key := self._staff.others(seat, self._schedule, now)) is not None:
                 if key in seat.seen:  # no worker loads a model twice
                     self._retire(seat, "moved")
                     self._open(Opening(key, seat.node, seat.gpus))
                     continue
-                task = queues.first(key)
+                task = queues.first(key, seat.spot) or queues.first(key)
             if task is not None:
                 self._begin(seat, task, now)
 
@@ -154,8 +164,11 @@ class Fleet:
         while not self._gangs.waiting:
             found, without = self._staff.opening(self._schedule, self._held(), now)
             if found is None:
-                for seat in self._staff.in_the_way(without, self._schedule) if without else ():
+                closed = self._staff.in_the_way(without, self._schedule, self._held(), now) if without else []
+                for seat in closed:
                     self._retire(seat, "moved")
+                if closed:
+                    continue
                 return
             self._open(found)
 
@@ -185,27 +198,32 @@ class Fleet:
         """Start what groups of workers do, once there are places for all of them; others make way."""
         self._gangs.waiting = False
         gpus = 1.0 if self._nodes.gpus else 0.0
+        cpus = self._staff.cpus(gpus)
         for task in self._schedule.queues.groups:
             workers = self._gangs.workers(max((node.gpus for node in self._nodes.alive), default=0))
-            nodes, held = list[str](), self._held()
-            while len(nodes) < workers and (node := self._nodes.spot(gpus, 1.0, held, now)) is not None:
-                nodes.append(node)
-                held.append((node, gpus, 1.0))
+            places, held = Held(), self._held()
+            while len(places) < workers and (node := self._nodes.spot(gpus, cpus, held, now)) is not None:
+                places.append((node, gpus, cpus))
+                held.append(places[-1])
             enough = (self._nodes.gpus or self._nodes.cpus) >= workers
-            if len(nodes) == workers or not enough:  # too few of them is an error of the user's that it reports
+            if len(places) == workers or not enough:  # too few of them is an error of the user's that it reports
                 self._schedule.take(task)
-                self._gangs.start(task, nodes, gpus)
+                self._gangs.start(task, workers, places)
                 continue
             self._gangs.waiting = True
-            mine = [seat for seat in self._seats if seat.kind == "model"]
-            missing = workers - len(nodes) - sum(seat.leaving for seat in mine)
-            staying = sorted((seat for seat in mine if not seat.leaving), key=lambda seat: seat.task is not None)
-            for seat in staying[: max(0, missing)]:
-                seat.leaving = True
+            self._dismiss(workers - len(places))
             return
 
+    def _dismiss(self, count: int) -> None:
+        """Let workers end after the task that they are at, the idle ones first."""
+        mine = [seat for seat in self._seats if seat.kind == "model"]
+        staying = sorted((seat for seat in mine if not seat.leaving), key=lambda seat: seat.task is not None)
+        for seat in staying[: max(0, count - (len(mine) - len(staying)))]:
+            seat.leaving = True
+
     def _held(self) -> Held:
-        return [*((seat.node, seat.gpus, seat.cpus) for seat in self._seats), *self._gangs.held]
+        seats = [*self._seats, *(seat for _, seat in self._parked)]
+        return [*((seat.node, seat.gpus, seat.cpus) for seat in seats), *self._gangs.held]
 
     def _settle_needs(self) -> None:
         """How many GPUs each model needs; those that fit no machine are left out."""
@@ -235,7 +253,11 @@ class Fleet:
         for task, result, losses in finished:
             for loss in losses:
                 self._log.write("worker_lost", step=task.job.step, model=task.job.model, unit=task.job.name, **loss)
-            self._schedule.done(task, result)
+            if isinstance(result, BaseException):
+                self._schedule.again(task, result)
+            else:
+                result.attempt = task.attempt
+                self._schedule.done(task, result)
         return bool(done or finished)
 
     def _answer(self, seat: Seat) -> None:
@@ -243,29 +265,38 @@ class Fleet:
         task, now = seat.task, time.monotonic()
         try:
             found = self._ray.get(ref)
-        except self._dead as error:
-            self._lose(seat, (str(error).strip() or type(error).__name__).splitlines()[-1])
-            return
-        except self._ray.exceptions.RayTaskError as error:
+        except self._bugs as error:
+            cause: BaseException = error.as_instanceof_cause()  # type: ignore[no-untyped-call]
             if task is None:
-                raise
+                self._lose(seat, f"it cannot start ({shorten(str(error).strip().splitlines()[-1])})")
+                return
+            self._punish(seat, task)
             self._retire(seat, "failed")  # whatever it left in that process
-            self._schedule.again(task, error.as_instanceof_cause())  # type: ignore[no-untyped-call]
+            self._schedule.again(task, cause)
+            return
+        except self._ray.exceptions.RayError as error:  # it died, or its machine, or what it answered is gone
+            self._lose(seat, (str(error).strip() or type(error).__name__).splitlines()[-1])
             return
         if task is None:
             self._welcome(seat, found, now - seat.since)
             seat.since = now
             return
         seat.since, seat.task = now, None
+        self._strikes.pop(seat.spot, None)
+        if found.error is None:
+            self._load_losses.pop(task.key or "", None)
         found.where = {"worker": seat.id, **found.where}
         found.attempt = task.attempt
+        seat.loaded |= {load["model"] for load in found.loads}
         for load in found.loads:
             self._staff.load_seconds[load["model"]] = load["seconds"]
         self._schedule.done(task, found)
 
     def _welcome(self, seat: Seat, where: dict[str, Any], seconds: float) -> None:
         """A worker is up."""
-        seat.started, self._failed_starts = True, 0
+        seat.started = True
+        seat.spot = f"{where['node']}:{','.join(where['gpu_ids']) or seat.id}"
+        self._nodes.well(seat.node)
         if (code := where.pop("code")) != code_version():
             problem = f"machine {where['node'][:8]} runs it, and the driver {code_version()}"
             raise ClusterError("code", code, problem, "install the same clifflab on every machine")
@@ -274,20 +305,52 @@ class Fleet:
             "worker_start", worker=seat.id, kind=seat.kind, gpus=seat.gpus, **where, seconds=round(seconds, 3)
         )
 
-    def _lose(self, seat: Seat, reason: str, **about: Any) -> None:
+    def _lose(self, seat: Seat, reason: str, *, node_gone: bool = False, **about: Any) -> None:
         """A worker is gone, whatever the reason: its place is closed, and its task done again."""
-        task, started = seat.task, seat.started
-        seat.task = None
+        task, seat.task = seat.task, None
+        if task and not node_gone:
+            self._punish(seat, task)
         self._retire(seat, "hung" if reason.startswith("hung") else "lost")
         if task:
             began = round(time.time() - (time.monotonic() - seat.since), 3)
             self._schedule.lost(task, reason, worker=seat.id, began=began, **about)
-        if started:
-            return
-        self._failed_starts += 1
-        self._log.write("worker_lost", worker=seat.id, step=None, model=None, unit=None, attempt=0, reason=reason)
-        if self._failed_starts > self._settings.max_attempts:
+            if task.key and task.key not in seat.loaded:
+                losses = self._load_losses[task.key] = self._load_losses.get(task.key, 0) + 1
+                if losses >= self._settings.max_attempts and task.key in {spec.name for spec in self._study.models}:
+                    self._schedule.lost_in_load(task.key, reason)
+        elif not seat.started and not node_gone:
+            self._log.write("worker_lost", worker=seat.id, step=None, model=None, unit=None, attempt=0, reason=reason)
+            self._blame(seat.node, reason)
+
+    def _blame(self, node: str, reason: str) -> None:
+        """A worker did not come up on a machine: it is left alone for a while.
+
+        Raises:
+            WorkerError: That is so on every machine.
+        """
+        self._nodes.block(node, time.monotonic())
+        if self._nodes.failures > self._settings.max_attempts:
             raise WorkerError(f"workers cannot be started ({shorten(reason, 200)}); look at Ray's logs, and run again")
+
+    def _punish(self, seat: Seat, task: Task) -> None:
+        """A task failed in a place: it is tried elsewhere; where that happens in a row, the place rests for a while."""
+        task.avoid.add(seat.spot)
+        if self.places > 1 and len(task.avoid) >= self.places:
+            task.avoid = {seat.spot}
+        strikes = self._strikes[seat.spot] = self._strikes.get(seat.spot, 0) + 1
+        if strikes >= _STRIKES and self.places > 1 and len(self._parked) < self.places - 1 and seat.gpus:
+            seconds = min(_LONGEST_PARK, _PARK * 2 ** (strikes - _STRIKES))
+            self._parked.append((time.monotonic() + seconds, seat))
+            self._log.write("place_parked", worker=seat.id, node=seat.node, spot=seat.spot, seconds=seconds)
+
+    def _unpark(self, now: float) -> None:
+        """Use places again that were left alone."""
+        from ray.util.placement_group import remove_placement_group
+
+        for until, seat in list(self._parked):
+            if until <= now:
+                self._parked.remove((until, seat))
+                remove_placement_group(seat.group)
 
     def _retire(self, seat: Seat, reason: str) -> None:
         """Close a place: its worker ends."""
@@ -297,18 +360,26 @@ class Fleet:
             return
         self._seats.remove(seat)
         self._ray.kill(seat.actor)
-        remove_placement_group(seat.group)
+        if all(parked is not seat for _, parked in self._parked):  # else its GPU stays taken
+            remove_placement_group(seat.group)
         if seat.started:
             self._log.write("worker_stop", worker=seat.id, reason=reason)
 
     def _watch(self) -> None:
         """End workers that make no progress, and those that never came up."""
+        from ray.util.placement_group import placement_group_table
+
         now, limit = time.monotonic(), self._settings.hang_seconds
         every = max(0.2, min(30.0, limit / 4))
         for seat in list(self._seats):
             if not seat.started and now - seat.since > _START_SECONDS:
-                self._nodes.block(seat.node, now)
+                there = placement_group_table(seat.group).get("state") == "CREATED"
                 self._retire(seat, "lost")
+                if there:
+                    self._blame(seat.node, f"none came up within {_START_SECONDS:.0f} s")
+                else:  # others hold it
+                    self._nodes.wait(seat.node, now)
+                continue
             if seat.task is None:
                 continue
             if seat.pulse is not None:
@@ -322,11 +393,11 @@ class Fleet:
                 self._lose(seat, f"hung: no progress for {now - seat.moved:.0f} s", stack=stack)
 
     def _hear(self, seat: Seat, now: float) -> None:
+        pulse, seat.pulse = seat.pulse, None
         try:
-            beats = self._ray.get(seat.pulse)
+            beats = self._ray.get(pulse)
         except self._ray.exceptions.RayError:
-            return  # it is dead: the answer to its task says so
-        seat.pulse = None
+            return  # if it is dead, the answer to its task says so
         if beats != seat.beats:
             seat.beats, seat.moved = beats, now
 
@@ -342,9 +413,9 @@ class Fleet:
         for node in self._nodes.look(now):
             self._log.write("node_lost", node=node)
             self._reporter.note(f"machine {node[:8]} is gone: its work is done again elsewhere")
+            self._dismiss(self._gangs.moved(node))  # a group's workers come up again elsewhere
             for seat in [seat for seat in self._seats if seat.node == node]:
-                self._lose(seat, "its machine is gone")
-                self._failed_starts = 0
+                self._lose(seat, "its machine is gone", node_gone=True)
 
     def _check_stuck(self, now: float, *, busy: bool) -> None:
         """Say so when there is work and no place for it; give up when that lasts."""
@@ -358,7 +429,10 @@ class Fleet:
             self._told_of_stuck = True
             self._reporter.note("work waits, and Ray has no free place for it: waiting for one")
         if waited > self._settings.hang_seconds:
-            keys = sorted({str(task.key) for task in self._schedule.waiting(now)})
-            problem = f"no machine had a free place for {waited:.0f} s"
-            remedy = "free some, or lower gpus; run again: it continues"
-            raise InputError("models.gpus", ", ".join(keys), problem, remedy)
+            self._stuck_since = None
+            for key in self._schedule.queues.keys:
+                problem = f"no machine had a free place for it for {waited:.0f} s"
+                remedy = "free some, or lower gpus; run again: it continues"
+                self._schedule.give_up_key(key, InputError("models.gpus", key, problem, remedy))
+            if self._schedule.queues.size(None):
+                raise WorkerError(f"no machine had a free place for {waited:.0f} s; run again: it continues")

@@ -126,6 +126,7 @@ class StudyFiles:
         }
         write_json(layout.manifest(name, model), manifest)
         self._store.push()
+        context.forget()
         done = [] if step.transient else [name]
         done += [i for i in step.inputs if STEPS[i].transient and all(whole(context, r, model) for r in _readers(i))]
         for finished in done:

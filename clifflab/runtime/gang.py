@@ -20,7 +20,6 @@ from clifflab.artifacts import read_json, write_json
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, InputError, WorkerError, shorten
 from clifflab.runtime.local import start_ray
-from clifflab.runtime.seats import NODE_LABEL
 from clifflab.tuning.group import FirstWorkerError, Group, WriteFolder, writing
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 
@@ -38,14 +37,14 @@ class Gang:
         workers: How many; ``None`` is one per GPU, or one.
         threads: Threads of each on a CPU.
         max_failures: How often it begins again when a worker dies.
-        nodes: Ray's name of the machine of each worker; any by default.
+        cpus: Cores of each worker beside a GPU.
     """
 
     folder: Path
     workers: int | None
     threads: int
     max_failures: int
-    nodes: list[str] | None = None
+    cpus: float = 1.0
 
 
 def run_gang(
@@ -128,10 +127,8 @@ def _fit(body: Body, gang: Gang, workers: int, use_gpu: bool, post: _Post, liste
     trainer = TorchTrainer(
         _work,
         train_loop_config={"body": body, "post": post, "threads": gang.threads},
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # of Train V2
-            num_workers=workers,
-            use_gpu=use_gpu,
-            label_selector=[{NODE_LABEL: node} for node in gang.nodes] if gang.nodes else None,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": gang.cpus, "GPU": 1} if use_gpu else None
         ),
         run_config=RunConfig(
             name=gang.folder.name,

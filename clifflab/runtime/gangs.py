@@ -21,7 +21,7 @@ from clifflab.tuning.group import Group
 from clifflab.tuning.loop import Listen
 
 Loss = dict[str, Any]
-Ended = tuple[Task, Result, list[Loss]]
+Ended = tuple[Task, Result | BaseException, list[Loss]]
 
 
 class Gangs:
@@ -39,7 +39,7 @@ class Gangs:
 
     def __init__(self, study: Study, root: Path, identities: Identities) -> None:
         self._study, self._root, self._identities = study, root, identities
-        self._ended: queue.Queue[tuple[Task, Result | BaseException, list[Loss]]] = queue.Queue()
+        self._ended: queue.Queue[Ended] = queue.Queue()
         self._running: dict[int, list[tuple[str, float, float]]] = {}
         self.waiting = False
 
@@ -58,35 +58,43 @@ class Gangs:
         wanted = self._study.repair.tune.workers
         return max(1, int(gpus)) if wanted == "auto" else wanted
 
-    def start(self, task: Task, nodes: list[str], gpus: float) -> None:
-        """Let a group begin on these machines, one worker for each name; on any where there are too few."""
-        workers = max(len(nodes), self.workers(len(nodes) if gpus else 0))
-        self._running[id(task)] = [(node, gpus, 1.0) for node in nodes]
-        args = (task, workers, nodes if len(nodes) == workers else None)
-        threading.Thread(target=self._work, args=args, daemon=True).start()
+    def start(self, task: Task, workers: int, places: list[tuple[str, float, float]]) -> None:
+        """Let a group begin where there is room; the driver's account takes it to be in these places.
+
+        Args:
+            task: What it does.
+            workers: How many it has.
+            places: Machine, GPUs and cores of each.
+        """
+        self._running[id(task)] = places
+        cpus = places[0][2] if places else 1.0
+        threading.Thread(target=self._work, args=(task, workers, cpus), daemon=True).start()
 
     def finished(self) -> list[Ended]:
-        """What ended since the last call.
-
-        Raises:
-            BaseException: What a group met that is no user's error.
-        """
+        """What ended since the last call: a result, or what the group met that is no user's error."""
         found = []
         while not self._ended.empty():
-            task, result, losses = self._ended.get()
-            self._running.pop(id(task))
-            if isinstance(result, BaseException):
-                raise result
-            found.append((task, result, losses))
+            ended = self._ended.get()
+            self._running.pop(id(ended[0]))
+            found.append(ended)
         return found
 
-    def _work(self, task: Task, workers: int, nodes: list[str] | None) -> None:
+    def moved(self, node: str) -> int:
+        """A machine is gone: the workers that were there come up elsewhere, once there is room. How many they are."""
+        count = 0
+        for task, places in self._running.items():
+            left = [place for place in places if place[0] != node]
+            count += len(places) - len(left)
+            self._running[task] = left
+        return count
+
+    def _work(self, task: Task, workers: int, cpus: float) -> None:
         job, losses, starts = task.job, list[Loss](), 0
         assert job.unit is not None
         settings = self._study.repair.tune
         # Under the step's fingerprint: what a killed driver left is gone on with, and never taken for another recipe's.
         parts = Layout(self._root).parts(job.step, job.model, self._identities.steps[job.step, job.model])
-        gang = Gang(parts / f"{job.unit.key}-gang", workers, self._study.runtime.threads, settings.max_failures, nodes)
+        gang = Gang(parts / f"{job.unit.key}-gang", workers, self._study.runtime.threads, settings.max_failures, cpus)
 
         def listen(kind: str, entry: dict[str, Any]) -> None:
             nonlocal starts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from clifflab.runtime.work import Job
@@ -24,6 +24,7 @@ class Task:
         attempt: Which try this is.
         after: Not to be begun before; of ``time.monotonic``.
         groups: Whether workers may form groups.
+        avoid: Places where it failed: it is tried elsewhere, as long as there are others.
     """
 
     job: Job
@@ -32,6 +33,7 @@ class Task:
     attempt: int = 1
     after: float = 0.0
     groups: bool = True
+    avoid: set[str] = field(default_factory=set)
 
     @property
     def pair(self) -> Pair:
@@ -114,10 +116,13 @@ class Queues:
         """Models that tasks wait for."""
         return [key for key in self._ready if key is not None]
 
-    def first(self, key: str | None) -> Task | None:
-        """The task of the earliest step that needs a model, or none."""
-        steps = self._ready.get(key)
-        return min((queue[0] for queue in steps.values()), key=lambda task: task.order) if steps else None
+    def first(self, key: str | None, place: str = "") -> Task | None:
+        """The task of the earliest step that needs a model, or none; none that failed at this place before."""
+        fitting = (
+            next((task for task in queue if not place or place not in task.avoid), None)
+            for queue in self._ready.get(key, {}).values()
+        )
+        return min((task for task in fitting if task), key=lambda task: task.order, default=None)
 
     def counts(self, key: str | None) -> dict[Pair, int]:
         """How many tasks wait for a model, by step."""

@@ -139,9 +139,11 @@ class Schedule:
             tasks.append(Task(job, key, self._order[job.step, job.model], groups=self._files.shared))
         self.queues.add(tasks)
         first, keys = jobs[0], {task.key for task in tasks}
+        key = keys.pop() if len(keys) == 1 else None
+        spec = next((spec for spec in self._context.study.models if spec.name == key), None)
+        needs = {"gpus": spec.gpus, "replicas": spec.replicas} if spec else {}
         self._log.write(
-            "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None,
-            key=keys.pop() if len(keys) == 1 else None,
+            "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None, key=key, **needs
         )  # fmt: skip
 
     def waiting(self, now: float) -> list[Task]:
@@ -155,7 +157,7 @@ class Schedule:
 
     def expects(self, key: str) -> bool:
         """Whether work for a model in memory may still come."""
-        left = [*self._closed, *self._left]
+        left = [pair for pair in (*self._closed, *self._left) if not self.failed(pair[1])]
         coming = any(STEPS[name].loads and (model == key or key == GUARD) for name, model in left if model)
         return coming or bool(self.queues.size(key))
 
@@ -232,10 +234,10 @@ class Schedule:
 
     def again(self, task: Task, error: BaseException) -> None:
         """A task failed in a way that may pass: it waits for its next try, up to the cap."""
+        if task.pair not in self._left:  # its model was left in the meantime
+            return
         if task.attempt >= self._settings.max_attempts:
             self._poison(task, error)
-            return
-        if self.failed(task.job.model):
             return
         pause = min(_LONGEST_PAUSE, self._settings.backoff_seconds * 2 ** (task.attempt - 1))
         task.attempt += 1
@@ -246,6 +248,19 @@ class Schedule:
                 pause=round(pause, 3), error=shorten(_text(error), 400), traceback=_traceback(error),
             )  # fmt: skip
         self.queues.postpone(task)
+
+    def lost_in_load(self, model: str, reason: str) -> None:
+        """Workers die while they load a model, whatever they are to do with it: it is left."""
+        remedy = "look for a lack of memory, or give it more gpus"
+        self.give_up(
+            model, WorkerError(f"{model}: its workers died while they loaded it ({shorten(reason)}); {remedy}")
+        )
+
+    def give_up_key(self, key: str, error: ClifflabError) -> None:
+        """No worker can have a model in memory: the models whose work waits for it are left."""
+        for pair in self.queues.counts(key):
+            if pair[1] is not None and not self.failed(pair[1]):
+                self.give_up(pair[1], error)
 
     def give_up(self, model: str, error: ClifflabError) -> None:
         """A model cannot be used here."""

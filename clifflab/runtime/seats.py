@@ -14,8 +14,10 @@ from typing import Any, Literal
 from clifflab.runtime.queues import Task
 
 _LOOK = 2.0  # seconds between two looks at the machines
-_BLOCKED = 30.0  # seconds for which a machine whose place did not come is left alone
+_HELD = 30.0  # seconds until a machine that others hold is asked again
+_BLOCKED, _LONGEST_BLOCK = 10.0, 600.0  # seconds for which a machine is left alone where a worker did not come up
 NODE_LABEL = "ray.io/node-id"
+SAME = 1e-6  # shares of a GPU are sums of fractions
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Node:
         gpus: Its GPUs.
         alive: Whether it is there.
         blocked: Not to be asked for places before.
+        failed: Workers that did not come up there, since the last that did.
     """
 
     id: str
@@ -35,6 +38,7 @@ class Node:
     gpus: float
     alive: bool = True
     blocked: float = 0.0
+    failed: int = 0
 
 
 @dataclass
@@ -48,7 +52,8 @@ class Seat:
         cpus: Cores of it.
         key: The model that it holds, or is meant for.
         id: Name in the event log.
-        seen: Models that its worker loaded.
+        seen: Models that its worker was given work for.
+        loaded: Those of them that it loaded.
         task: What it is at.
         ref: The answer that is waited for: of the start, or of the task.
         since: When it began to wait for a task; or for the answer.
@@ -57,6 +62,7 @@ class Seat:
         pulse: A question about it that is not answered.
         asked: When it was asked.
         leaving: It gets no more tasks.
+        spot: Its machine and GPUs, once they are known: what a task that failed there avoids.
     """
 
     node: str
@@ -70,6 +76,7 @@ class Seat:
     id: str = field(default_factory=lambda: secrets.token_hex(3))
     started: bool = False
     seen: set[str] = field(default_factory=set)
+    loaded: set[str] = field(default_factory=set)
     task: Task | None = None
     since: float = field(default_factory=time.monotonic)
     moved: float = 0.0
@@ -77,6 +84,7 @@ class Seat:
     pulse: Any = None
     asked: float = 0.0
     leaving: bool = False
+    spot: str = ""
 
     @property
     def idle(self) -> bool:
@@ -125,20 +133,38 @@ class Nodes:
         """Cores of all."""
         return sum(node.cpus for node in self.alive)
 
-    def block(self, name: str, now: float) -> None:
-        """A place on it did not come: others hold it."""
-        if name in self._nodes:
-            self._nodes[name].blocked = now + _BLOCKED
+    def block(self, name: str, now: float) -> int:
+        """A worker did not come up on it: it is left alone for a while, each time for longer. How often that was."""
+        node = self._nodes[name]
+        node.failed += 1
+        node.blocked = now + min(_LONGEST_BLOCK, _BLOCKED * 2 ** (node.failed - 1))
+        return node.failed
 
-    def free(self, node: Node, held: Iterable[tuple[str, float, float]]) -> tuple[float, float]:
-        """GPUs and cores of a machine that the driver does not hold.
+    def wait(self, name: str, now: float) -> None:
+        """A place on it did not come: others hold it."""
+        self._nodes[name].blocked = now + _HELD
+
+    def well(self, name: str) -> None:
+        """A worker came up on it."""
+        self._nodes[name].failed = 0
+
+    @property
+    def failures(self) -> int:
+        """How often in a row workers did not come up, on the machine where that was least."""
+        return min((node.failed for node in self.alive), default=0)
+
+    def free(self, node: Node, held: Iterable[tuple[str, float, float]]) -> tuple[list[float], float]:
+        """What the driver does not hold of each GPU of a machine, and cores.
 
         Args:
             node: The machine.
             held: Node, GPUs and cores of everything that it holds.
         """
         mine = [(gpus, cpus) for name, gpus, cpus in held if name == node.id]
-        return node.gpus - sum(gpus for gpus, _ in mine), node.cpus - sum(cpus for _, cpus in mine)
+        left = [1.0] * int(node.gpus)
+        for gpus in sorted((gpus for gpus, _ in mine), reverse=True):  # whole ones, then shares
+            take(left, gpus)
+        return left, node.cpus - sum(cpus for _, cpus in mine)
 
     def spot(
         self, gpus: float, cpus: float, held: list[tuple[str, float, float]], now: float, kept: Collection[str] = ()
@@ -154,8 +180,23 @@ class Nodes:
         """
         fitting = []
         for node in (node for node in self.alive if node.id not in kept):
-            free_gpus, free_cpus = self.free(node, held)
-            if node.blocked <= now and free_gpus >= gpus - 1e-6 and free_cpus >= cpus - 1e-6:
-                left = (free_gpus - gpus, free_cpus - cpus) if gpus else (free_gpus, -free_cpus)
+            free, free_cpus = self.free(node, held)
+            if node.blocked <= now and take(free, gpus) and free_cpus >= cpus - SAME:
+                left = (sum(free), free_cpus - cpus) if gpus else (sum(free), -free_cpus)
                 fitting.append((*left, node.id))
         return min(fitting)[2] if fitting else None
+
+
+def take(left: list[float], gpus: float) -> bool:
+    """Take GPUs from what is left of each, whole ones or a share of the fullest one; whether there was room."""
+    if gpus <= 0:
+        return True
+    if gpus >= 1:
+        whole = [place for place, free in enumerate(left) if free > 1 - SAME][: round(gpus)]
+        for place in whole:
+            left[place] = 0.0
+        return len(whole) == round(gpus)
+    fitting = [place for place, free in enumerate(left) if free >= gpus - SAME]
+    if fitting:
+        left[min(fitting, key=lambda place: left[place])] -= gpus
+    return bool(fitting)

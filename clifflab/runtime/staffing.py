@@ -12,10 +12,10 @@ from typing import Literal
 from clifflab.config import Study
 from clifflab.runtime.queues import Queues, Task
 from clifflab.runtime.schedule import Schedule
-from clifflab.runtime.seats import Nodes, Seat
+from clifflab.runtime.seats import SAME, Nodes, Seat, take
 
-_CPU_SEATS = 4
-_SAME = 1e-6  # shares of a GPU are sums of fractions
+_CPU_SEATS = 32
+_LOOSE_AFTER = 1.0  # seconds after which an idle worker beside GPUs does work that needs none
 Held = list[tuple[str, float, float]]
 
 
@@ -48,7 +48,7 @@ class Staffing:
     Attributes:
         load_seconds: How long each model took to load last.
         start_seconds: How long a worker took to start last.
-        kept_for: A machine that is emptied, and the large model that it is emptied for.
+        kept_for: A machine whose workers take no other model's work, and the large model that waits for it.
     """
 
     def __init__(self, study: Study, nodes: Nodes, seats: list[Seat], needs: dict[str, float]) -> None:
@@ -61,19 +61,27 @@ class Staffing:
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
-    def own(self, seat: Seat, queues: Queues) -> Task | None:
-        """Work without a model, which others mostly wait for; then work with the model that is loaded."""
-        loose = seat.kind == "cpu" or not self.cpu_seats
-        task = queues.first(None) if loose else None
-        return task or (queues.first(seat.key) if seat.key is not None else None)
+    def own(self, seat: Seat, queues: Queues, now: float) -> Task | None:
+        """Work with the model that is loaded, and work without one; what failed in this place before comes last."""
+        waited = now - seat.since
+        place = seat.spot if waited < self._settings.patience_seconds else ""
+        loose = queues.first(None, place)
+        if seat.kind == "cpu":
+            return loose
+        mine = queues.first(seat.key, place) if seat.key is not None else None
+        if not self._with_gpus:
+            return loose or mine  # which others mostly wait for
+        others = any(other.kind == "cpu" and other.task is None for other in self._seats)
+        return mine or (loose if not others and waited >= min(_LOOSE_AFTER, self._settings.patience_seconds) else None)
 
     def others(self, seat: Seat, schedule: Schedule, now: float) -> str | None:
         """The model with the longest queue whose work an idle worker takes, where that is better than to wait."""
         if seat.kind == "cpu":
             return None
+        kept = self.kept_for[1] if self.kept_for and self.kept_for[0] == seat.node else None
         queues = schedule.queues
-        fitting = [key for key in queues.keys if key != seat.key and self._fits(seat, key)]
-        key = next(iter(self._by_length(fitting, schedule, seat)), None)
+        fitting = [key for key in queues.keys if key != seat.key and self._fits(seat, key) and kept in (None, key)]
+        key = next(iter(self._by_length(fitting, schedule, now, seat)), None)
         if key is None or seat.key is None or not schedule.expects(seat.key):
             return key
         # It waits for its own model's next step at most as long as the change would cost.
@@ -81,29 +89,31 @@ class Staffing:
         return None if now - seat.since < min(self._settings.patience_seconds, cost) else key
 
     def _fits(self, seat: Seat, key: str) -> bool:
-        return abs(self.need(key) - seat.gpus) < _SAME and self.workers(key) < self._most(key)
+        return abs(self.need(key) - seat.gpus) < SAME and self.workers(key) < self._most(key)
 
     def _cost(self, key: str, seat: Seat | None = None) -> float:
         """Seconds until a model could be in memory at a place, or at a new one: of a worker's start, and the load."""
         fresh = seat is None or key in seat.seen
         return self.load_seconds.get(key, 0.0) + (self.start_seconds if fresh else 0.0)
 
-    def _by_length(self, keys: Sequence[str], schedule: Schedule, seat: Seat | None = None) -> list[str]:
+    def _by_length(self, keys: Sequence[str], schedule: Schedule, now: float, seat: Seat | None = None) -> list[str]:
         """The models that another worker helps: those without one first, then by waiting tasks a worker."""
-        helped = [key for key in keys if self._helps(key, schedule, self._cost(key, seat))]
+        helped = [key for key in keys if self._helps(key, schedule, now, self._cost(key, seat))]
         workers = {key: self.workers(key) for key in helped}
         return sorted(helped, key=lambda key: (workers[key] > 0, -schedule.queues.size(key) / (workers[key] + 1)))
 
-    def _helps(self, key: str, schedule: Schedule, cost: float) -> bool:
+    def _helps(self, key: str, schedule: Schedule, now: float, cost: float) -> bool:
         """Whether another worker would be there before those that are at it are done."""
-        workers = self.workers(key)
-        if not workers:
+        mine = [seat for seat in self._seats if seat.kind == "model" and seat.key == key]
+        if not mine:
             return True
         counts = schedule.queues.counts(key)
+        if all(seat.task and now - seat.since > cost + self._settings.patience_seconds for seat in mine):
+            return True  # what waits behind long units is not to wait for them
         each = {pair: schedule.mean_seconds(pair) for pair in counts}
         if any(seconds is None for seconds in each.values()):
             return sum(counts.values()) > self.coming(key)
-        return sum(counts[pair] * (seconds or 0.0) for pair, seconds in each.items()) / workers > cost
+        return sum(counts[pair] * (seconds or 0.0) for pair, seconds in each.items()) / len(mine) > cost
 
     # -- places ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +130,7 @@ class Staffing:
             if found:
                 return found, None
         without = None
-        for key in self._by_length([key for key in queues.keys if self._wants(key, queues)], schedule):
+        for key in self._by_length([key for key in queues.keys if self._wants(key, queues)], schedule, now):
             if found := self._somewhere(key, "model", held, now):
                 return found, None
             without = without or (None if self.workers(key) else key)
@@ -143,25 +153,39 @@ class Staffing:
             self.kept_for = None
         return Opening(key, node, need, kind)
 
-    def in_the_way(self, key: str, schedule: Schedule) -> list[Seat]:
-        """Idle places to be closed for a model that finds no room; for a large one, a machine is emptied."""
-        need = self.need(key)
-        if need > 1 and not self.workers(key) and not self.kept_for:
-            fitting = [node for node in self._nodes.alive if node.gpus >= need]
-            busy = {n.id: sum(s.task is not None for s in self._seats if s.node == n.id) for n in fitting}
-            if fitting:
-                chosen = min(fitting, key=lambda node: busy[node.id])
-                self.kept_for = (chosen.id, key)  # no one else takes what becomes free there
-                for seat in self._seats:
-                    seat.leaving |= seat.node == chosen.id and seat.kind == "model"
-        return [
-            seat
-            for seat in self._seats
-            if seat.idle
-            and seat.kind == "model"
-            and (seat.key is None or not schedule.expects(seat.key))
-            and abs(seat.gpus - need) > _SAME
-        ]
+    def in_the_way(self, key: str, schedule: Schedule, held: Held, now: float) -> list[Seat]:
+        """Idle places to be closed for a model that has no worker and finds no room.
+
+        What is idle never stands before what waits: a worker that has nothing to do makes way, at once if nothing is
+        to come for its model, else after ``runtime.patience_seconds``. Where that is not enough for a large model, a
+        machine is kept for it: workers there finish what waits for their own models, and take nothing else.
+        """
+        need, cpus = self.need(key), self.cpus(self.need(key))
+        best: tuple[float, str] | None = None
+        for node in self._nodes.alive:
+            left, cores = self._nodes.free(node, held)
+            closed, room = list[Seat](), take(list(left), need) and cores >= cpus - SAME
+            for seat in [seat for seat in self._seats if seat.node == node.id and self._makes_way(seat, schedule, now)]:
+                if room:
+                    break
+                closed.append(seat)
+                left, cores = self._nodes.free(node, _without(held, closed))
+                room = take(list(left), need) and cores >= cpus - SAME
+            if room and closed:
+                return closed
+            other = any(seat.node == node.id and abs(seat.gpus - need) > SAME for seat in self._seats)
+            if node.gpus >= need > 1 and other and (best is None or sum(left) > best[0]):
+                best = (sum(left), node.id)
+        if best and not self.kept_for:
+            self.kept_for = (best[1], key)
+        return []
+
+    def _makes_way(self, seat: Seat, schedule: Schedule, now: float) -> bool:
+        if not seat.idle or seat.kind != "model":
+            return False
+        if seat.key is None or not schedule.expects(seat.key):
+            return True
+        return not schedule.queues.size(seat.key) and now - seat.since >= self._settings.patience_seconds
 
     # -- counts ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +193,8 @@ class Staffing:
         """Cores of a place: one, or less where a machine has more GPUs than cores."""
         if not gpus:
             return 1.0
+        if gpus < 1:
+            return max(0.01, round(gpus * self.cpus(1.0), 2))
         share = min((node.cpus / node.gpus for node in self._nodes.alive if node.gpus), default=1.0)
         return 1.0 if share >= 1 else max(0.01, round(share, 2))
 
@@ -192,3 +218,11 @@ class Staffing:
     def coming(self, key: str) -> int:
         """Workers of a model that can take a task now or soon."""
         return sum(s.kind == "model" and s.key == key and s.task is None and not s.leaving for s in self._seats)
+
+
+def _without(held: Held, closed: Sequence[Seat]) -> Held:
+    """What is held once some places are closed."""
+    left = list(held)
+    for seat in closed:
+        left.remove((seat.node, seat.gpus, seat.cpus))
+    return left

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from clifflab.artifacts import code_version, read_json, refuse_links, write_text
 from clifflab.config import Study
-from clifflab.errors import shorten
+from clifflab.errors import InputError, OutputError, shorten
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.folder import StudyFiles
 from clifflab.runtime.folder import identify as identify
@@ -106,11 +107,25 @@ def run(
         try:
             run.carry_out(failures)
         finally:
-            run.close()
-            store.push()
+            with suppress(OutputError):  # where it was the disk, that is what is told
+                run.close()
+                store.push()
     metrics = read_json(store.root / "metrics.json")
     warnings = [f"{name}: {m['probe']['reason']}" for name, m in metrics["models"].items() if m["probe"].get("reason")]
     return StudyResult(store.root, metrics, warnings, told(failures), store.address if store.remote else "")
+
+
+def followers(full: Study, left: Study, failures: list[Failure]) -> list[Failure]:
+    """The models that are left out because one that they are compared with failed."""
+    known, kept = {failure.model for failure in failures}, {model.name for model in left.models}
+    return [
+        Failure(
+            model.name, None, None,
+            InputError("models.before", model.before, "failed, and this model is compared with it", "mend that one"),
+        )
+        for model in full.models
+        if model.name not in known | kept and not model.repairs
+    ]  # fmt: skip
 
 
 def told(failures: list[Failure]) -> list[dict[str, Any]]:
@@ -173,6 +188,7 @@ class _Run:
         study = without(self.study, {failure.model for failure in failures})
         if not study.models:
             raise failures[0].error
+        failures += followers(self.study, study, failures)
         return identify(study, self.store.root, told(failures))
 
     def _work(self, context: Context, todo: list[Pair], files: StudyFiles, failures: list[Failure]) -> Context:

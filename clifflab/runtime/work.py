@@ -78,6 +78,7 @@ class Worker:
         gpu_ids: list[str] | None = None,
     ) -> None:
         self._store = store
+        self._model: str | None = None
         self.context = Context(study, store.root, identities)
         self.where = {"node": node or socket.gethostname(), "pid": os.getpid(), "gpu_ids": gpu_ids or []}
 
@@ -96,6 +97,9 @@ class Worker:
         start = time.monotonic()
         threads, before = self.context.study.runtime.threads, torch.get_num_threads()
         self.context.loads.clear()
+        if job.model != self._model:
+            self._model = job.model
+            self.context.forget()
         try:
             torch.set_num_threads(threads)
             with threadpool_limits(threads):

@@ -189,6 +189,10 @@ class Context:
         held: T = self._held[name]
         return held
 
+    def forget(self) -> None:
+        """Let go of tables and what was made from them; models stay."""
+        self._kept.clear()
+
     def _let_go(self) -> None:
         """Free the memory of the model that was held, and of what was made from it."""
         import torch
