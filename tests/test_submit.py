@@ -570,3 +570,33 @@ def test_no_secret_leaves_this_machine(
     refused(call("submit", str(study), "--env", "P=http://u:pw1@host/"), "--env", "credential")
     refused(call("submit", str(study), "--out", "s3://u:pw1@bucket/runs"), "--out", "credential")
     assert "pw1" not in call("submit", str(study), "--out", "s3://u:pw1@bucket/runs")[2]
+
+
+SECRET_ADDRESSES = ("https://me:pl4nted@host/x", "s3://pl4nted@bucket/x.jsonl", "https://host/x.jsonl?sig=pl4nted")
+
+
+@pytest.mark.parametrize("address", SECRET_ADDRESSES)
+def test_no_address_of_a_study_holds_a_secret(call: Call, study: Path, server: JobServer, address: str) -> None:
+    choice = f"[{{name: c, path: '{address}'}}]"
+    corpus = f"[{{name: c, path: '{address}', label: harmful}}]"
+    for setting in (
+        f"models.0.path={address}", f"models.0.adapter={address}", f"prompts.0.path={address}",
+        f"judge.labels={address}", f"judge.guard={{path: '{address}'}}",
+        f"judge.guard={{path: g/uard, template: '{address}'}}", f"repair.corpus={corpus}",
+        f"repair.evaluate.choices={choice}",
+    ):  # fmt: skip
+        done = call("submit", str(study), "--set", setting)
+        refused(done, setting.split("=")[0].split(".")[0], "credential")
+        assert "pl4nted" not in done[2]
+        done = call("run", str(study), "--dry-run", "--set", setting)
+        refused(done, "credential")
+        assert "pl4nted" not in done[2]
+    score = {"--model": "organism:planted", "--probes": "/p", "--input": "/rows/*.jsonl", "--output": "/scored"}
+    tune = {"--model": "nobody/model", "--data": "/train.jsonl", "--out": "/tuned"}
+    for kind, options in (("score", score), ("tune", tune)):
+        for option in options:
+            words = [word for pair in {**options, option: address}.items() for word in pair]
+            done = call("submit", kind, *words)
+            refused(done, option, "credential")
+            assert "pl4nted" not in done[2]
+    assert not server.asked, "nothing was sent"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clifflab.config import ModelSpec, Study
 from clifflab.data.files import check_source
-from clifflab.errors import ConfigError, InputError
+from clifflab.errors import ConfigError, InputError, refuse_secret_address
 from clifflab.runtime.submit.ids import content_digest, full_place
 from clifflab.runtime.submit.package import Package
 from clifflab.studyfile import dump_study
@@ -133,9 +133,11 @@ def plan_task(kind: str, options: Sequence[tuple[str, str | None]], name: str | 
         package: Gets the small files.
 
     Raises:
-        ConfigError: An option that is needed is missing, or does not go with a cluster.
+        ConfigError: An option that is needed is missing, does not go with a cluster, or holds a credential.
         InputError: A file is missing, or cannot be uploaded.
     """
+    for option, value in options:
+        refuse_secret_address(option, value or "")
     values = dict(options)
     for option, remedy in {
         "--verify": "run it where the results are seen",
