@@ -105,7 +105,7 @@ def _refuse_secrets(part: object, field: str) -> None:
 def _relative(path: str, *folders: Path) -> str:
     """The path in the first folder that has it, else as it stands; a link keeps its own name."""
     found = (folder / path for folder in folders if not Path(path).is_absolute())
-    return next((_absolute(candidate) for candidate in found if candidate.exists()), path)
+    return next((_absolute(candidate) for candidate in found if os.path.exists(candidate)), path)
 
 
 def _absolute(path: Path) -> str:

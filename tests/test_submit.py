@@ -192,6 +192,14 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     (home / ".ssh" / "id.json").write_text("key")
+    os.mkfifo(tmp_path / "pipe.json")
+    (home / ".config").mkdir()
+    (home / ".config" / "rows.json").write_text("[]")
+    (tmp_path / "linked.json").symlink_to(home / ".config" / "rows.json")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "mine.json").write_text(TOKEN)
+    (tmp_path / "my.token").symlink_to(tmp_path / "tokens" / "mine.json")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "tokens" / "mine.json"))
     (home / "secret.json").write_text("secret")
     (data / ".git" / "config").write_text("url")
     (data / ".env").write_text("HF_TOKEN=x")
@@ -203,10 +211,19 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         home / ".ssh": "credentials",
         home / ".ssh" / "id.json": "credentials",
         Path("/dev/null"): "no plain file",
+        Path("/proc/self/environ"): "system",
+        Path("/sys/kernel"): "system",
+        tmp_path / "pipe.json": "no plain file",
+        home / ".config" / "rows.json": "hidden below the home",
+        tmp_path / "linked.json": "hidden below the home",
+        tmp_path / "my.token": "RAY_AUTH_TOKEN_PATH names",
+        tmp_path / "tokens": "RAY_AUTH_TOKEN_PATH names",
         data / "gone": "no such file",
     }.items():
         with pytest.raises(InputError, match=words):
             Package().add("prompts.path", str(path), "files")
+    beside = Package(beside=home / ".config" / "studies")
+    beside.add("prompts.path", str(home / ".config" / "rows.json"), "files")
     package = Package()
     package.add("prompts.path", str(data), "files")
     assert list(package.hashes()) == ["files/data/deep/rows.json"]
@@ -222,6 +239,43 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (data / "folder").symlink_to(home)
     with pytest.raises(InputError, match="link to a folder"):
         Package().add("prompts.path", str(data), "files")
+
+
+def test_a_file_that_grows_is_not_sent_whole(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    package = Package(1)
+    package.add("prompts.path", str(rows), "files")
+    rows.write_bytes(bytes(2 << 20))
+    with pytest.raises(InputError, match=r"rows\.json: holds more than it said"):
+        package.write(tmp_path / "package.zip")
+
+
+def test_a_template_is_named_like_one(call: Call, study: Path, server: JobServer) -> None:
+    (study.parent / "id_rsa").write_text("key")
+    guard = "judge.guard={path: nobody/guard, template: id_rsa}"
+    refused(call("submit", str(study), "--set", guard), "judge.guard.template", ".jinja")
+    assert not server.asked
+    (study.parent / "id_rsa").rename(study.parent / "guard.jinja")
+    assert call("submit", str(study), "--set", guard.replace("id_rsa", "guard.jinja"))[0] == 0
+
+
+def test_links_keep_the_names_they_have(call: Call, study: Path, server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (study.parent / "mine.jsonl").rename(tmp_path / "blobs" / "0a1b")
+    (study.parent / "mine.jsonl").symlink_to(tmp_path / "blobs" / "0a1b")
+    assert load_study(study).prompts[-1].path == str(study.parent / "mine.jsonl")
+    assert call("submit", str(study))[0] == 0
+    (archive,) = server.packages.values()
+    assert names(archive) == ["files/prompts/mine/mine.jsonl", "study.yaml"]
+    server.packages.clear()
+    for number, suffix in enumerate((".safetensors", ".json")):
+        (tmp_path / "blobs" / str(number)).write_text(suffix)
+        (tmp_path / "here" / f"probes{suffix}").symlink_to(tmp_path / "blobs" / str(number))
+    options = ("--model", "organism:planted", "--input", "rows/*.jsonl", "--output", "scored")
+    assert call("submit", "score", *options, "--probes", "probes.safetensors")[0] == 0
+    (archive,) = server.packages.values()
+    assert names(archive) == ["files/probes/1/probes.json", "files/probes/1/probes.safetensors"]
 
 
 def test_an_upload_has_a_limit(call: Call, study: Path, server: JobServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,9 @@ def _study(
     from clifflab.runtime.submit.plan import plan_study
     from clifflab.studyfile import load_study
 
-    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    file = find_study(study)
+    package.beside = file.parent
+    loaded = load_study(file, overrides, Path(os.path.expanduser(data)) if data else None)
     return plan_study(loaded, out, name, package)
 
 
