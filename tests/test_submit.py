@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 
@@ -24,7 +26,8 @@ from clifflab.errors import ClusterError, InputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
 from clifflab.runtime.storage.check import left_probe
-from clifflab.runtime.submit.follow import compact
+from clifflab.runtime.submit.address import is_loopback
+from clifflab.runtime.submit.follow import _Feed, compact
 from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
 from clifflab.runtime.submit.package import Package
@@ -119,10 +122,17 @@ def test_what_is_wrong_is_said_within_seconds(
     assert not server.jobs
 
 
-def test_a_token_goes_only_to_those_who_ask(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.token = None
-    code, _, _ = call("ls", "--address", server.address)
-    assert code == 0
+@pytest.mark.parametrize("mode", ["", "token", "disabled"])
+def test_a_token_goes_only_to_those_who_ask(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    asked_for = "ray._private.authentication.http_token_authentication.auth_utils.is_token_auth_enabled"
+    monkeypatch.setattr(asked_for, lambda: mode == "token")  # Ray reads the variable once a process
+    server.token, server.next = None, Job({}, "SUCCEEDED", "done\n", 0)
+    assert call("ls", "--address", server.address)[0] == 0
+    assert call("submit", "-f", str(study))[0] == 0
+    assert any(path.endswith("/tail") for _, path, _, _ in server.asked)
     assert not any(TOKEN in str(headers) for _, _, headers, _ in server.asked)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         place = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
@@ -136,6 +146,66 @@ def test_a_token_goes_only_to_those_who_ask(call: Call, server: JobServer, monke
         threading.Thread(target=answer, daemon=True).start()
         refused(call("ls", "--address", place), "no Ray dashboard", "302")
     assert not any(path == "/stolen" for _, path, _, _ in server.asked)
+
+
+def test_a_token_is_not_sent_on(call: Call, study: Path, server: JobServer) -> None:
+    other = JobServer(TOKEN)
+    try:
+        call("submit", "--no-check", str(study))
+        server.elsewhere = other.address
+        for words in (("ls",), ("logs", "-f", "small"), ("submit", "--no-check", str(study))):
+            refused(call(*words), server.address, "sends elsewhere")
+        assert not other.asked
+
+        async def tail() -> None:
+            async for _ in connect(None).tail("some"):
+                pass
+
+        from clifflab.runtime.submit.client import connect
+
+        with pytest.raises(aiohttp.ClientConnectionError, match="elsewhere"):
+            asyncio.run(tail())
+        assert not other.asked
+    finally:
+        other.close()
+
+
+def test_a_password_file_takes_no_tokens_place(call: Call, server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".netrc").write_text("machine 127.0.0.1 login me password pa55\n")
+    (tmp_path / "home" / ".netrc").chmod(0o600)
+    assert call("ls") == (0, "no jobs\n", "")
+
+
+@pytest.mark.parametrize("bad", ["two\nlines", "two words", "t\u00f6ken"])
+def test_an_odd_token_is_not_shown(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", bad)
+    done = call("ls")
+    refused(done, "token", "no token has")
+    assert not any(part in done[2] for part in ("two", "ken_", bad))
+    assert not server.asked
+
+
+def test_a_token_that_is_switched_off(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    refused(call("ls"), "asks for a token, and RAY_AUTH_MODE=disabled", "unset RAY_AUTH_MODE")
+
+
+def test_a_token_that_all_can_read(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "plain HTTP" not in call("submit", str(study))[2]
+    monkeypatch.setattr("clifflab.runtime.submit.send.is_loopback", lambda address: False)
+    assert call("submit", str(study))[2].count("plain HTTP") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "stays"),
+    [("http://127.0.0.1:1", True), ("http://127.9.0.1", True), ("http://[::1]:1", True), ("http://localhost", True),
+     ("http://10.0.0.1:1", False), ("http://localhost.example.org", False)],
+)  # fmt: skip
+def test_what_stays_on_this_machine(address: str, stays: bool) -> None:
+    assert is_loopback(address) == stays
 
 
 def test_the_address_given_wins(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +500,97 @@ def test_a_broken_connection_shows_nothing_twice(
     assert err.count("4/9 units") == 1
     assert compact(status) == "small: running, traces planted, 4/9 units, 1 failed, about 61 s left"
     assert "the connection broke" in err
+
+
+class Lines:
+    """A screen that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def status(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def test_the_end_of_a_log_is_shown_after_a_break() -> None:
+    screen = Lines()
+    feed = _Feed(screen)
+    feed.take("one\ntw")
+    feed.again()  # this connection ends before it comes as far
+    feed.take("on")
+    feed.rest("one\ntwo\nthree\nfour")
+    assert screen.lines == ["one", "two", "three", "four"]
+
+
+def test_a_half_open_connection_is_left(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clifflab.runtime.submit.wire._SILENCE", 0.3)
+    monkeypatch.setattr("clifflab.runtime.submit.follow._PAUSE", 0.05)
+    server.half_open, server.next = True, Job({}, "RUNNING", "one\n")
+
+    def end() -> None:
+        while not any(path.endswith("/tail") for _, path, _, _ in server.asked):
+            time.sleep(0.02)
+        job = server.of()[0]
+        job.log, job.status, job.code = "one\ntwo\n", "SUCCEEDED", 0
+
+    threading.Thread(target=end, daemon=True).start()
+    began = time.monotonic()
+    code, out, _ = call("submit", "-f", "--no-check", str(study))
+    assert (code, out.splitlines()[1:]) == (0, ["one", "two"])
+    assert time.monotonic() - began < 10
+
+
+ODD = {"type": "SUBMISSION", "submission_id": "odd", "entrypoint": "x", "metadata": {"clifflab": "1"}}
+
+
+def test_odd_jobs_harm_nobody(call: Call, study: Path, server: JobServer) -> None:
+    call("submit", "--no-check", str(study))
+    mine = json.loads(call("ls", "--json")[1])
+    server.listed = [
+        5, None, "x", [], {}, ODD, {**ODD, "status": 7}, {**ODD, "status": "RUNNING", "metadata": 5},
+        {**ODD, "status": "RUNNING", "metadata": None}, {**ODD, "status": "RUNNING", "submission_id": [1]},
+    ]  # fmt: skip
+    assert json.loads(call("ls", "--json")[1]) == mine
+    wrong = {"clifflab": 1, "name": 5, "out": ["a"], "base": None, "kind": {}, "digest": 1.5}
+    times: dict[str, Any] = {"start_time": 1e300, "end_time": "x", "driver_exit_code": "3", "message": 5}
+    server.listed = [{**ODD, "status": "FAILED", "metadata": wrong, **times}]
+    code, out, err = call("ls")
+    assert (code, err, len(out.splitlines())) == (0, "", 3)
+    for answer in ('5', '{"jobs": 1}', "no JSON", '"text"', "[" * 100_000):
+        server.answer = answer
+        for words in (("ls",), ("logs", "small"), ("stop", "small"), ("submit", str(study))):
+            refused(call(*words), server.address)
+    server.listed, server.answer = [], None
+    for part in ("logs", "submit"):
+        server.answer, server.answer_to = "5", part
+        words = ("submit", "--no-check", "--set", "name=other", str(study)) if part == "submit" else (part, "small")
+        refused(call(*words), server.address)
+
+
+def test_nothing_of_a_job_drives_the_terminal(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clifflab.runtime.submit.follow._EXIT_CODE", 0.1)
+    evil = "\x1b]0;owned\x07\nclifflab: all is well\u202e"
+    metadata = {"clifflab": "1", "name": evil, "kind": evil, "out": evil, "base": evil, "output": "o", "digest": "d"}
+    server.listed = [
+        {**ODD, "submission_id": f"a{evil}", "status": "RUNNING", "metadata": metadata, "start_time": 1},
+        {**ODD, "status": f"RUNNING{evil}", "metadata": metadata, "message": evil},
+    ]
+    server.found["code"] = evil
+    server.next = Job({}, "FAILED", "", None)
+    server.message = evil
+    for words in (("ls",), ("stop", "odd"), ("stop", "small"), ("submit", "-f", str(study)), ("logs", "nobody")):
+        _, out, err = call(*words)
+        for character in "\x1b\x07\u202e":
+            assert character not in out + err, words
+        assert "\nclifflab: all is well" not in out + err
 
 
 def test_following_ends_when_the_cluster_is_gone(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clifflab.errors import ConfigError
+from clifflab.errors import ConfigError, one_line, shorten
 
 if TYPE_CHECKING:
     from clifflab.runtime.submit.client import Cluster
@@ -117,13 +117,13 @@ def follow_to_end(cluster: Cluster, job: JobView, again: str) -> int:
     finally:
         screen.close()
     if ended.exit:
-        why = f": {ended.message.splitlines()[0]}" if ended.exit_code is None and ended.message else ""
+        why = f": {shorten(ended.message, 200)}" if ended.exit_code is None and ended.message else ""
         click.echo(f"clifflab: {job.id} {ended.status} (exit code {ended.exit}){why}", err=True)
     return ended.exit
 
 
 def _note(text: str) -> None:
-    click.echo(f"clifflab: {text}", err=True)
+    click.echo(f"clifflab: {one_line(text)}", err=True)
 
 
 def _study(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import clifflab
 from clifflab.errors import ClusterError, ConfigError, InputError, holds_credentials, without_credentials
+from clifflab.runtime.submit.address import is_loopback
 from clifflab.runtime.submit.client import Cluster
 from clifflab.runtime.submit.examine import examine
 from clifflab.runtime.submit.ids import JobView, decide, job_id, place_hash
@@ -58,6 +59,9 @@ def submit(
         ClusterError: Something else runs under its name or into its output, or the cluster refuses it.
         UserError: The check found something.
     """
+    address = cluster.head.address
+    if cluster.head.token and address.startswith("http://") and not is_loopback(address):
+        note(f"{address} gets the token over plain HTTP: who listens on the way can read it (https:// hides it)")
     digest = plan.digest(env, python)
     found = decide(cluster.jobs(), plan.name, plan.place, digest)
     if isinstance(found, JobView):
