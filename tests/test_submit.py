@@ -31,6 +31,7 @@ from clifflab.runtime.submit.follow import _Feed, compact
 from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
 from clifflab.runtime.submit.package import Package
+from clifflab.runtime.submit.send import parse_env
 from clifflab.studyfile import load_study
 from tests.jobserver import Job, JobServer, node
 from tests.studies import small_study
@@ -421,6 +422,9 @@ def test_a_job_is_found_by_its_name() -> None:
         pick([old, twin], "small")
     live = view("c", started=0.5, status="running")
     assert pick([old, live], "small") is live
+    with pytest.raises(ClusterError, match=r"2 jobs are called that.*a \(succeeded, \), c \(running, \)"):
+        pick([old, live], "small", alone=True)
+    assert pick([old, new], "small", alone=True) is new
     with pytest.raises(ClusterError, match="no job is called that"):
         pick([old], "nope")
 
@@ -438,6 +442,17 @@ def test_twice_is_once(call: Call, study: Path, server: JobServer) -> None:
     assert (code, "stopped" in out) == (0, True)
     assert call("submit", str(study), "--set", "seed=7")[1].strip() == f"{first.strip()}-2"
     assert first.strip() in call("ls")[1]
+
+
+def test_nobody_elses_job_is_stopped(call: Call, study: Path, server: JobServer) -> None:
+    mine = call("submit", str(study), "--out", "/mine")[1].strip()
+    server.of()[0].status = "SUCCEEDED"
+    theirs = call("submit", str(study), "--out", "/theirs")[1].strip()
+    refused(call("stop", "small"), "2 jobs are called that", f"{mine} (succeeded, /mine/small)", theirs, "/theirs")
+    assert server.of()[1].status == "RUNNING"
+    code, out, _ = call("stop", theirs)
+    assert (code, server.of()[1].status) == (0, "STOPPED")
+    assert "/theirs/small" in out
 
 
 @pytest.mark.parametrize("late", ["same", "other"])
@@ -779,7 +794,19 @@ def test_no_secret_leaves_this_machine(
     for value in SECRETS.values():
         assert value not in told
     assert server.of()[0].sent["runtime_env"]["env_vars"]["HF_HUB_OFFLINE"] == "1"
-    for bad in ("HF_TOKEN=x", "AWS_SECRET_ACCESS_KEY=x", "my_password=x", "GOOGLE_APPLICATION_CREDENTIALS=/f"):
+    assert parse_env(["MONKEYS=1", "TOKENIZERS_PARALLELISM=0", "HF_HOME=/data/hf_cache", "AUTHOR=me", "BYPASS=1"])
+    for value in (
+        "hf_" + "a" * 34, "AKIA" + "A" * 16, "https://host/x?sv=1&sig=abc", "https://u:pw1@host/", "sig=abc",
+        "ghp_" + "a" * 36, "https://host/x?y",
+    ):  # fmt: skip
+        done = call("submit", str(study), "--env", f"PLAIN={value}")
+        refused(done, "--env", "PLAIN", "holds a credential")
+        assert value not in done[2]
+    refused(call("submit", str(study), "--env", "RAY_AUTH_MODE=disabled"), "RAY_AUTH_MODE", "cluster's own")
+    for bad in (
+        "HF_TOKEN=x", "AWS_SECRET_ACCESS_KEY=x", "my_password=x", "GOOGLE_APPLICATION_CREDENTIALS=/f", "DB_PASS=x",
+        "MYSQL_PWD=x", "HTTP_AUTH=x", "AZURE_SAS=x", "OPENAI_API_KEY=x",
+    ):  # fmt: skip
         done = call("submit", str(study), "--env", bad)
         refused(done, bad.partition("=")[0], "looks like a secret", "where ray start runs")
     refused(call("submit", str(study), "--env", "P=http://u:pw1@host/"), "--env", "credential")

@@ -117,13 +117,13 @@ def connect(address: str | None) -> Cluster:
     return Cluster(reach(address))
 
 
-def find_job(client: Cluster, name: str) -> JobView:
-    """The job that a user means: an id, or the latest attempt of the job of that name.
+def find_job(client: Cluster, name: str, *, alone: bool = False) -> JobView:
+    """The job that a user means: an id, or the latest attempt of the job of that name (``alone``: see ``pick``).
 
     Raises:
         ClusterError: There is none, or there are several.
     """
-    return pick(client.jobs(), name)
+    return pick(client.jobs(), name, alone=alone)
 
 
 def last_status(client: Cluster, job: JobView) -> dict[str, Any] | None:
