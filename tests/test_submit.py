@@ -22,11 +22,14 @@ import pytest
 import yaml
 
 from clifflab.cli import main
-from clifflab.errors import ClusterError, InputError
+from clifflab.artifacts import locked
+from clifflab.errors import ClusterError, InputError, OutputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
-from clifflab.runtime.storage.check import left_probe
+from clifflab.runtime.storage import open_store
+from clifflab.runtime.storage.check import left_probe, refuse_held
 from clifflab.runtime.submit.address import is_loopback
+from clifflab.runtime.submit.check import examine
 from clifflab.runtime.submit.follow import _Feed, compact
 from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
@@ -759,6 +762,107 @@ def test_a_tuning_is_sent(call: Call, server: JobServer, tmp_path: Path) -> None
         "tune", "--model", "nobody/model", "--data", "files/data/train.jsonl", "--out", "/shared/tuned", "--set",
         "epochs=1", "--address", "auto",
     ]  # fmt: skip
+
+
+RIGHT = {
+    "score": {"--model": "organism:planted", "--probes": "/p", "--input": "/rows/*.jsonl", "--output": "/scored"},
+    "tune": {"--model": "nobody/model", "--data": "/train.jsonl", "--out": "/tuned"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("score", {"--model": None}, ("--model", "is required")),
+        ("score", {"--probes": None}, ("--probes", "is required")),
+        ("score", {"--input": None}, ("--input", "is required")),
+        ("score", {"--output": None}, ("--output", "is required")),
+        ("score", {"--probe": "nonsense"}, ("--probe", "nonsense")),
+        ("score", {"--max-new-tokens": "7"}, ("--generate",)),
+        ("score", {"--column": "prompt"}, ("--column", "ROLE=NAME")),
+        ("score", {"--input": "/scored/**"}, ("--output", "lies where --input looks")),
+        ("score", {"--workers": "1", "--min-workers": "2"}, ("--min-workers",)),
+        ("score", {"--follow": ""}, ("--follow", "give it before score")),
+        ("score", {"-f": ""}, ("-f", "give it before score")),
+        ("score", {"--out": "/x"}, ("--out", "score calls it --output")),
+        ("tune", {"--name": "mine"}, ("--name", "give it before tune")),
+        ("tune", {"--set": "epochs=-1"}, ("epochs", "-1")),
+        ("tune", {"--thinking-format": "none-such"}, ("--thinking-format",)),
+        ("tune", {"--data": "~nobody-here/x"}, ("--data", "no user here")),
+        ("tune", {"--model": "~nobody-here/x"}, ("--model", "no user here")),
+        ("tune", {"--data": "x" * 5000}, ("--data", "too long")),
+        ("score", {"--probes": "~nobody-here/x"}, ("--probes", "no user here")),
+        ("score", {"--output": "/out\udcff"}, ("--output", "UTF-8")),
+    ],
+)
+def test_a_wrong_task_is_not_sent(
+    call: Call, server: JobServer, kind: str, changes: dict[str, str | None], words: tuple[str, ...]
+) -> None:
+    options = {**RIGHT[kind], **changes}
+    given = [word for name, value in options.items() if value is not None for word in (name, value) if word]
+    refused(call("submit", kind, *given), *words)
+    assert not server.asked
+
+
+def test_a_right_task_is_sent(call: Call, server: JobServer) -> None:
+    for kind, options in RIGHT.items():
+        assert call("submit", kind, *(word for pair in options.items() for word in pair))[0] == 0
+    for kind in RIGHT:
+        done = call("submit", kind, "--model", "m")
+        assert done[0] == 2
+    assert len(server.jobs) == 2
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x", "x" * 5000])
+def test_no_path_is_a_bug(call: Call, study: Path, server: JobServer, path: str) -> None:
+    for words in (
+        ("submit", str(study), "--data", path),
+        ("run", str(study), "--data", path),
+        ("submit", str(study), "--set", f"judge.labels={path}"),
+        ("submit", str(study), "--set", f"judge.guard={{path: g/uard, template: '{path}'}}"),
+        ("submit", str(study), "--set", f"judge.guard={{path: '{path}'}}"),
+        ("submit", str(study), "--out", path),
+        ("tune", "--model", "nobody/model", "--data", path, "--out", "x"),
+        ("tune", "--model", path, "--data", "x.jsonl", "--out", "x"),
+    ):
+        refused(call(*words))
+    refused(call("submit", "x" * 5000), "study", "too long")
+    assert not server.asked
+
+
+def test_a_name_that_is_no_text(call: Call, study: Path, server: JobServer) -> None:
+    folder = study.parent / "rows"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "a\udcff.json").write_text("[]")
+    refused(call("submit", str(study), "--set", "prompts.3.path=rows"), "prompts.path", "not UTF-8")
+    refused(call("submit", str(study), "--out", "runs\udcff"), "--out", "not UTF-8")
+    assert not server.jobs
+
+
+def test_an_output_that_a_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", lambda **given: None)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("clifflab.runtime.nodes.check_nodes", lambda *given: [])
+    asked = {"out": str(tmp_path), "name": "small", "paths": [], "seconds": 1}
+    assert "error" not in examine(asked)
+    assert not (tmp_path / "small").exists(), "nothing is left"
+    with locked(tmp_path / "small"):
+        field, value, problem, _ = examine(asked)["error"]
+    assert (field, value) == ("output", str(tmp_path / "small"))
+    assert f"another run is writing there (since 20" in problem
+    assert f"process {os.getpid()} on host {socket.gethostname()}" in problem
+    assert "error" not in examine(asked), "it is held no longer"
+
+
+def test_a_remote_output_that_a_run_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://held", "small")
+    refuse_held("memory://held", "small")
+    with store.lock(), pytest.raises(OutputError, match="another run is writing there"):
+        refuse_held("memory://held", "small")
+    refuse_held("memory://held", "small")
+    store.close()
 
 
 def test_files_that_were_unpacked_anew_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def command(
     from clifflab.runtime.study import run
     from clifflab.studyfile import load_study
 
-    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    loaded = load_study(find_study(study), overrides, given_path("--data", data) if data else None)
     pair = comparison(loaded, model, adapter=adapter, after=after)
     result = run(pair, out, runtime=runtime, reporter=Terminal())
     tuned = pair.models[-1].name
