@@ -146,7 +146,13 @@ class JobServer:
         return web.Response()
 
     async def _list(self, request: web.Request) -> web.Response:
-        plain = {"type": "DRIVER", "submission_id": None, "status": "RUNNING", "entrypoint": "x.py", "metadata": {}}
+        plain: dict[str, Any] = {
+            "type": "DRIVER",
+            "submission_id": None,
+            "status": "RUNNING",
+            "entrypoint": "x.py",
+            "metadata": {},
+        }
         return web.json_response([plain, *self.listed, *(job.told() for job in self.jobs.values())])
 
     async def _submit(self, request: web.Request) -> web.Response:

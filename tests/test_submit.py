@@ -21,8 +21,8 @@ import aiohttp
 import pytest
 import yaml
 
-from clifflab.cli import main
 from clifflab.artifacts import locked
+from clifflab.cli import main
 from clifflab.errors import ClusterError, InputError, OutputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
@@ -195,9 +195,7 @@ def test_a_token_that_is_switched_off(call: Call, server: JobServer, monkeypatch
     refused(call("ls"), "asks for a token, and RAY_AUTH_MODE=disabled", "unset RAY_AUTH_MODE")
 
 
-def test_a_token_that_all_can_read(
-    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_that_all_can_read(call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "plain HTTP" not in call("submit", str(study))[2]
     monkeypatch.setattr("clifflab.runtime.submit.send.is_loopback", lambda address: False)
     assert call("submit", str(study))[2].count("plain HTTP") == 1
@@ -580,15 +578,15 @@ def test_odd_jobs_harm_nobody(call: Call, study: Path, server: JobServer) -> Non
     server.listed = [{**ODD, "status": "FAILED", "metadata": wrong, **times}]
     code, out, err = call("ls")
     assert (code, err, len(out.splitlines())) == (0, "", 3)
-    for answer in ('5', '{"jobs": 1}', "no JSON", '"text"', "[" * 100_000):
+    for answer in ("5", '{"jobs": 1}', "no JSON", '"text"', "[" * 100_000):
         server.answer = answer
         for words in (("ls",), ("logs", "small"), ("stop", "small"), ("submit", str(study))):
             refused(call(*words), server.address)
     server.listed, server.answer = [], None
     for part in ("logs", "submit"):
         server.answer, server.answer_to = "5", part
-        words = ("submit", "--no-check", "--set", "name=other", str(study)) if part == "submit" else (part, "small")
-        refused(call(*words), server.address)
+        given = ["submit", "--no-check", "--set", "name=other", str(study)] if part == "submit" else [part, "small"]
+        refused(call(*given), server.address)
 
 
 def test_nothing_of_a_job_drives_the_terminal(
@@ -648,6 +646,7 @@ def test_the_last_status_of_a_job(call: Call, study: Path, server: JobServer) ->
 def test_findings_of_the_check(call: Call, study: Path, server: JobServer) -> None:
     send = ("submit", str(study), "--out", "/shared/runs")
     good = server.found["nodes"][0]
+    changes: dict[str, Any]
     for bad, words in {
         "blind": ("--out", "10.0.0.2 (bbbb2222) cannot see it", "s3://"),
         "bare": ("10.0.0.2", "clifflab cannot be imported"),
@@ -851,7 +850,7 @@ def test_an_output_that_a_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with locked(tmp_path / "small"):
         field, value, problem, _ = examine(asked)["error"]
     assert (field, value) == ("output", str(tmp_path / "small"))
-    assert f"another run is writing there (since 20" in problem
+    assert "another run is writing there (since 20" in problem
     assert f"process {os.getpid()} on host {socket.gethostname()}" in problem
     assert "error" not in examine(asked), "it is held no longer"
 

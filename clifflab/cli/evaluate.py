@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from clifflab.cli.run import UNTRAINED, find_study
+from clifflab.cli.run import UNTRAINED, find_study, given_path
 
 
 @click.command("evaluate")

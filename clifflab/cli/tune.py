@@ -69,9 +69,7 @@ def command(
 
     spec, place, settings, ray = asked.model, asked.out, asked.settings, asked.ray
     try:
-        figures = fit(
-            spec, str(asked.data), place, settings, seed, runtime=runtime, ray=ray, reporter=Terminal()
-        )
+        figures = fit(spec, str(asked.data), place, settings, seed, runtime=runtime, ray=ray, reporter=Terminal())
     except InputError as error:
         if error.field not in ("thinking_format", "models.path"):
             raise

@@ -55,7 +55,7 @@ class Wire(JobSubmissionClient):
         """Was asked when the dashboard was reached."""
 
     def _do_request(
-        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: object = None, **more: Any
+        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: Any = None, **more: Any
     ) -> requests.Response:
         """One request; follows no redirection.
 
