@@ -105,7 +105,7 @@ def test_refused_within_seconds(cluster: Running, cli: Cli, tmp_path: Path) -> N
         "wrong": ({"RAY_AUTH_TOKEN": "0" * 64}, "the token is wrong"),
         "elsewhere": ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, "nothing listens there"),
     }.values():
-        took = []
+        took: list[float] = []
         while not took or (min(took) >= 5 and len(took) < 3):  # other tests may keep the machine busy
             began = time.monotonic()
             done = cli("submit", "s.yaml", **{**address, **given}, fresh=True)

@@ -131,8 +131,12 @@ def test_a_token_goes_only_to_those_who_ask(
     call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    asked_for = "ray._private.authentication.http_token_authentication.auth_utils.is_token_auth_enabled"
-    monkeypatch.setattr(asked_for, lambda: mode == "token")  # Ray reads the variable once a process
+
+    def own(headers: dict[str, str]) -> dict[str, str]:
+        """What Ray's client does in a process that began with that variable, which it reads once."""
+        return {"authorization": f"Bearer {TOKEN}"} if mode == "token" and "Authorization" not in headers else {}
+
+    monkeypatch.setattr("ray.dashboard.modules.dashboard_sdk.get_auth_headers_if_auth_enabled", own)
     server.token, server.next = None, Job({}, "SUCCEEDED", "done\n", 0)
     assert call("ls", "--address", server.address)[0] == 0
     assert call("submit", "-f", str(study))[0] == 0
@@ -646,18 +650,17 @@ def test_the_last_status_of_a_job(call: Call, study: Path, server: JobServer) ->
 def test_findings_of_the_check(call: Call, study: Path, server: JobServer) -> None:
     send = ("submit", str(study), "--out", "/shared/runs")
     good = server.found["nodes"][0]
-    changes: dict[str, Any]
+    changes: dict[str, dict[str, Any]] = {
+        "blind": {"sees_output": False, "problem": "not seen"},
+        "bare": {"clifflab": None, "sees_output": False, "problem": "clifflab cannot be imported there"},
+        "old": {"clifflab": "0.0.9+abc"},
+    }
     for bad, words in {
         "blind": ("--out", "10.0.0.2 (bbbb2222) cannot see it", "s3://"),
         "bare": ("10.0.0.2", "clifflab cannot be imported"),
         "old": ("versions of clifflab", "0.0.9"),
     }.items():
-        changes = {
-            "blind": {"sees_output": False, "problem": "not seen"},
-            "bare": {"clifflab": None, "sees_output": False, "problem": "clifflab cannot be imported there"},
-            "old": {"clifflab": "0.0.9+abc"},
-        }[bad]
-        server.found["nodes"] = [good, node(node="bbbb2222", address="10.0.0.2", **changes)]
+        server.found["nodes"] = [good, node(node="bbbb2222", address="10.0.0.2", **changes[bad])]
         refused(call(*send), *words)
     server.found["nodes"] = [good]
     refused(call(*send, "--set", "models.0.gpus=2"), "models.gpus", "largest node has 0")

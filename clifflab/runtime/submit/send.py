@@ -21,9 +21,11 @@ ALWAYS = {"CLIFFLAB_STATUS_LINES": "1", "RAY_USAGE_STATS_ENABLED": "0", "CLIFFLA
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 # Names that say what they hold: in one of their words, or as a part of any word.
 _SECRET_WORDS = frozenset(
-    ("KEY", "KEYS", "PASS", "PWD", "AUTH", "SAS", "SIG", "SIGNATURE", "COOKIE", "BEARER", "PAT", "JWT", "DSN")
-    + ("APIKEY", "ACCESSKEY", "SSHKEY", "DBPASS", "PGPASS")
-)
+    (
+        "KEY", "KEYS", "PASS", "PWD", "AUTH", "SAS", "SIG", "SIGNATURE", "COOKIE", "BEARER", "PAT", "JWT", "DSN",
+        "APIKEY", "ACCESSKEY", "SSHKEY", "DBPASS", "PGPASS",
+    )
+)  # fmt: skip
 _SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
 # Values that are what they look like: tokens of well-known services, signatures, keys.
 _SECRET_VALUE = re.compile(
