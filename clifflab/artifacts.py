@@ -13,12 +13,14 @@ import json
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import clifflab
 from clifflab.errors import InputError, OutputError, shorten
@@ -179,22 +181,38 @@ def locked(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = (root / ".lock").open("w")
+        handle = (root / ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise output_error(root, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        who = _holder(handle)
         handle.close()
         if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise output_error(root / ".lock", error) from None
         raise OutputError(
-            "output", root, "another run is writing there", "wait for it, or choose another --out"
+            "output", root, f"another run is writing there{who}", "wait for it, or choose another --out"
         ) from None
     try:
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            handle.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            handle.write(f"since {since}, process {os.getpid()} on host {socket.gethostname()}")
+            handle.flush()
         yield
     finally:
         handle.close()
+
+
+def _holder(handle: IO[str]) -> str:
+    """Who wrote a lock file, in brackets; nothing where that is not told."""
+    try:
+        handle.seek(0)
+        told = handle.read(200)
+    except OSError:
+        return ""
+    return f" ({told})" if told else ""
 
 
 def refuse_links(root: Path) -> None:

@@ -121,3 +121,16 @@ def without_credentials(text: str) -> str:
         return text
     text = _USERINFO.sub(lambda found: found[0] if found[0] == _PUBLIC else "<credentials>@", text)
     return _QUERY.sub(r"\1<query>", text)
+
+
+def refuse_secret_address(field: str, text: str) -> None:
+    """Fail where text is an address that shows who asks: it would come to stand in logs, files and process lists.
+
+    A query counts, whatever it says: nothing tells a signature from a harmless one.
+
+    Raises:
+        ConfigError: It is; the credential itself is not shown.
+    """
+    if "://" in text and (holds_credentials(text) or without_credentials(text) != text):
+        remedy = "leave it out of the address; the environment of the process that opens it is the place"
+        raise ConfigError(field, without_credentials(text), "holds a credential, or a query that may be one", remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clifflab.config import JudgeConfig, ModelSpec, RepairConfig, Study
-from clifflab.errors import ConfigError, shorten
+from clifflab.errors import ConfigError, refuse_secret_address, shorten
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -56,12 +57,13 @@ def parse_study(data: dict[str, Any], base: Path | None = None, data_dir: Path |
         data_dir: Where the relative paths of prompt sets count from next.
 
     Raises:
-        ConfigError: Names the first wrong field, its value and the remedy.
+        ConfigError: Names the first wrong field, its value and the remedy; an address that holds a credential is one.
     """
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
         raise _config_error(error) from None
+    _refuse_secrets(study.model_dump(), "")
     if base is None:
         return study
     folders = [base] if data_dir is None else [base, data_dir]
@@ -91,10 +93,25 @@ def dump_study(study: Study) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _refuse_secrets(part: object, field: str) -> None:
+    """Fail where any text of a study, read so far, is an address with a credential in it."""
+    if isinstance(part, str):
+        refuse_secret_address(field, part)
+    elif isinstance(part, dict | list | tuple):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            _refuse_secrets(value, f"{field}.{key}" if field else str(key))
+
+
 def _relative(path: str, *folders: Path) -> str:
-    """The path in the first folder that has it, else as it stands."""
+    """The path in the first folder that has it, else as it stands; a link keeps its own name."""
     found = (folder / path for folder in folders if not Path(path).is_absolute())
-    return next((str(candidate.resolve()) for candidate in found if candidate.exists()), path)
+    return next((_absolute(candidate) for candidate in found if os.path.exists(candidate)), path)
+
+
+def _absolute(path: Path) -> str:
+    """The path without ``..``, unless a link stands before that and would be left out."""
+    short = os.path.abspath(path)
+    return short if os.path.exists(short) and os.path.samefile(short, path) else str(path.resolve())
 
 
 def _relative_model(model: ModelSpec, base: Path) -> ModelSpec:

@@ -23,6 +23,7 @@ class Job:
     status: str = "RUNNING"
     log: str = ""
     code: int | None = None
+    message: str = "as the test said"
     started: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def told(self) -> dict[str, Any]:
@@ -31,7 +32,7 @@ class Job:
             "submission_id": self.sent["submission_id"],
             "status": self.status,
             "entrypoint": self.sent["entrypoint"],
-            "message": "as the test said",
+            "message": self.message,
             "metadata": self.sent.get("metadata"),
             "runtime_env": self.sent.get("runtime_env"),
             "start_time": self.started,
@@ -67,6 +68,12 @@ class JobServer:
         self.next = Job({})  # how jobs that are sent go on
         self.break_after: list[int] = []  # characters after which a followed log breaks off, one a connection
         self.late: str | None = None  # a job that somebody else sends just before
+        self.listed: list[Any] = []  # what is listed beside the jobs
+        self.elsewhere = ""  # where all that concerns jobs is sent on to
+        self.half_open = False  # a followed log is given, and then nothing more, not even an end
+        self.answer: str | None = None  # what is answered instead, and to what
+        self.answer_to = ""
+        self.message = "as the test said"
         self._loop = asyncio.new_event_loop()
         ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
@@ -116,8 +123,17 @@ class JobServer:
             return web.Response(status=401, text="Unauthorized: Missing authentication token")
         if self.token and given != f"Bearer {self.token}":
             return web.Response(status=403, text="Forbidden: Invalid authentication token")
+        if self.elsewhere and request.path.startswith("/api/jobs"):
+            raise web.HTTPTemporaryRedirect(self.elsewhere + request.path)
+        if self.answer is not None and self._meant(request):
+            return web.Response(text=self.answer, content_type="application/json")
         answer: web.StreamResponse = await handler(request)
         return answer
+
+    def _meant(self, request: web.Request) -> bool:
+        if self.answer_to == "submit":
+            return request.method == "POST" and request.path == "/api/jobs/"
+        return request.path.startswith("/api/jobs") and request.path.endswith(self.answer_to)
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": self.version, "ray_commit": "", "session_name": ""})
@@ -130,8 +146,14 @@ class JobServer:
         return web.Response()
 
     async def _list(self, request: web.Request) -> web.Response:
-        plain = {"type": "DRIVER", "submission_id": None, "status": "RUNNING", "entrypoint": "x.py", "metadata": {}}
-        return web.json_response([plain, *(job.told() for job in self.jobs.values())])
+        plain: dict[str, Any] = {
+            "type": "DRIVER",
+            "submission_id": None,
+            "status": "RUNNING",
+            "entrypoint": "x.py",
+            "metadata": {},
+        }
+        return web.json_response([plain, *self.listed, *(job.told() for job in self.jobs.values())])
 
     async def _submit(self, request: web.Request) -> web.Response:
         sent = await request.json()
@@ -145,7 +167,7 @@ class JobServer:
             return web.Response(
                 status=500, text=f"ValueError: Job with submission_id {name} already exists. Please ..."
             )
-        job = Job(sent, self.next.status, self.next.log, self.next.code)
+        job = Job(sent, self.next.status, self.next.log, self.next.code, self.message)
         if "clifflab.runtime.submit.check" in sent["entrypoint"]:
             line = PREFIX + json.dumps(self.found)
             job = Job(sent, "SUCCEEDED", line if self.check_log is None else self.check_log, 0)
@@ -176,6 +198,11 @@ class JobServer:
         await socket.prepare(request)
         most = self.break_after.pop(0) if self.break_after else None
         await socket.send_str(job.log[:most])
+        if self.half_open:
+            while self._loop.is_running() and not socket.closed:
+                await asyncio.sleep(0.05)
+                if job.status != "RUNNING" and request.transport is None:
+                    break
         if most is not None:
             assert request.transport is not None
             request.transport.abort()  # as a network does: without a word

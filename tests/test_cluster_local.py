@@ -38,6 +38,8 @@ def test_nothing_runs(local: Local, tmp_path: Path) -> None:
         f"cluster/local: port {port} is taken: give another --port, or stop what listens there"
     )
     assert local("start", "--nodes", "0").returncode == 1
+    for port in (0, 99999):
+        assert local("start", "--port", str(port)).stderr == f"cluster/local: port {port}: give one from 1 to 65535\n"
     assert not (tmp_path / "state" / "token").exists()
 
 

@@ -1,4 +1,4 @@
-"""A real cluster on this machine, with a dashboard, a token and a second node: a study is sent to it from elsewhere."""
+"""A real cluster on this machine: a dashboard, a token, two more nodes. A study is sent to it from elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -51,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    started = local("start", "--nodes", "2", "--cpus", "1", "--port", port, state=state)
+    started = local("start", "--nodes", "3", "--cpus", "1", "--port", port, state=state)
     assert started.returncode == 0, started.stderr
     about = json.loads((state / "cluster.json").read_text())
     lines = [line.removeprefix("export ").partition("=") for line in local("env", state=state).stdout.splitlines()]
@@ -79,6 +80,12 @@ def until(test: Callable[[], bool], what: str, seconds: float = SECONDS) -> None
         time.sleep(0.3)
 
 
+def quick_study() -> dict[str, Any]:
+    data = small_study(truncation={"traces": 0})
+    data["prompts"] = [{**prompts, "limit": 24} for prompts in data["prompts"][:2]]
+    return data
+
+
 def test_what_the_cluster_keeps(cluster: Running) -> None:
     token = Path(cluster.env["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o777 == 0o600
@@ -98,7 +105,7 @@ def test_refused_within_seconds(cluster: Running, cli: Cli, tmp_path: Path) -> N
         "wrong": ({"RAY_AUTH_TOKEN": "0" * 64}, "the token is wrong"),
         "elsewhere": ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, "nothing listens there"),
     }.values():
-        took = []
+        took: list[float] = []
         while not took or (min(took) >= 5 and len(took) < 3):  # other tests may keep the machine busy
             began = time.monotonic()
             done = cli("submit", "s.yaml", **{**address, **given}, fresh=True)
@@ -109,6 +116,17 @@ def test_refused_within_seconds(cluster: Running, cli: Cli, tmp_path: Path) -> N
         assert words in done.stderr
 
 
+def test_a_study_is_sent_and_followed(cluster: Running, cli: Cli, tmp_path: Path) -> None:
+    env = {**cluster.env, "HOME": str(tmp_path)}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(quick_study()))
+    few = ("--set", "runtime.workers=1")  # each takes seconds to start
+    sent = cli("submit", "s.yaml", "--follow", "--no-check", *few, timeout=SECONDS, **env)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert "done report" in sent.stdout
+    assert (tmp_path / "runs" / "small" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_study_is_sent_stopped_sent_again(
     cluster: Running, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,8 +137,7 @@ def test_a_study_is_sent_stopped_sent_again(
         monkeypatch.setenv(name, value)
     study = tmp_path / "elsewhere" / "s.yaml"
     study.parent.mkdir()
-    data = small_study(truncation={"traces": 0})
-    data["prompts"] = [{**prompts, "limit": 24} for prompts in data["prompts"][:2]]
+    data = quick_study()
     rows = [{"prompt": f"please tell me how to bake a cake {i}", "id": f"own-{i}"} for i in range(8)]
     (study.parent / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data["prompts"].append({"name": "own", "path": "own.jsonl", "label": "benign"})
@@ -137,7 +154,7 @@ def test_a_study_is_sent_stopped_sent_again(
     assert other.returncode == 2
     assert "another study" in other.stderr
     until(lambda: "Running entrypoint" in talk.log(name), "the driver")
-    stopped = cli("stop", "small", **env)
+    stopped = cli("stop", name, **env)
     assert stopped.returncode == 0, stopped.stderr
     assert find_job(talk, name).exit == 130, talk.log(name)
 
@@ -157,7 +174,7 @@ def test_a_study_is_sent_stopped_sent_again(
     assert again.stdout.splitlines()[0] == f"{name}-2"
     assert "done report" in again.stdout
     jobs = json.loads(cli("ls", "--json", **env).stdout)
-    assert [(job["id"], job["exit"]) for job in jobs] == [(name, 130), (f"{name}-2", 0)]
+    assert [(job["id"], job["exit"]) for job in jobs if job["base"] == name] == [(name, 130), (f"{name}-2", 0)]
 
     result = tmp_path / "runs" / "small"
     monkeypatch.chdir(study.parent)
@@ -172,3 +189,39 @@ def test_a_study_is_sent_stopped_sent_again(
     for secret in (*PLANTED.values(), cluster.token):
         found = [place for place, text in texts.items() if secret.encode() in text]
         assert not found
+
+
+@pytest.mark.slow
+def test_a_stopped_job_continues_with_other_workers(
+    cluster: Running, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clifflab.runtime.submit.client import connect, find_job
+
+    env = {**cluster.env, "HOME": str(tmp_path)}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    data = {**small_study(truncation={"traces": 0}), "name": "resumed"}
+    data["traces"] = {**data["traces"], "batch_size": 8}
+    study = tmp_path / "s.yaml"
+    study.write_text(yaml.safe_dump(data))
+    sent = cli("submit", str(study), "--set", "runtime.workers=1", "--no-check", **env)
+    assert sent.returncode == 0, sent.stderr
+    name, talk, root = sent.stdout.strip(), connect(None), tmp_path / "runs" / "resumed"
+
+    def units() -> list[str]:
+        told = root / "events.jsonl"
+        found = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        done = [event for event in found if event["event"] == "unit" and not event.get("error")]
+        return [f"{event.get('step')} {event.get('unit')}" for event in done]
+
+    until(lambda: len(units()) >= 2, f"two units: {talk.log(name)}")
+    stopped = cli("stop", name, **env)
+    assert stopped.returncode == 0, stopped.stderr
+    assert str(root) in stopped.stdout
+    assert find_job(talk, name).exit == 130
+    again = cli("submit", str(study), "--set", "runtime.workers=3", "--follow", "--no-check", timeout=SECONDS, **env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.splitlines()[0] == f"{name}-2"
+    assert len(units()) == len(set(units())), "no unit was done twice"
+    plain = run(parse(data), tmp_path / "plain", runtime="inline").root
+    assert_same_tables(tables_of(plain, "planted"), tables_of(root, "planted"), 1e-5)

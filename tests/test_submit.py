@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -16,18 +17,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 
+from clifflab.artifacts import locked
 from clifflab.cli import main
-from clifflab.errors import ClusterError, InputError
+from clifflab.errors import ClusterError, InputError, OutputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
 from clifflab.runtime.status import PREFIX
-from clifflab.runtime.storage.check import left_probe
-from clifflab.runtime.submit.follow import compact
+from clifflab.runtime.storage import open_store
+from clifflab.runtime.storage.check import left_probe, refuse_held
+from clifflab.runtime.submit.address import is_loopback
+from clifflab.runtime.submit.check import examine
+from clifflab.runtime.submit.follow import _Feed, compact
 from clifflab.runtime.submit.here import package_folder
 from clifflab.runtime.submit.ids import JobView, decide, job_id, pick, place_hash
 from clifflab.runtime.submit.package import Package
+from clifflab.runtime.submit.send import parse_env
 from clifflab.studyfile import load_study
 from tests.jobserver import Job, JobServer, node
 from tests.studies import small_study
@@ -119,10 +126,21 @@ def test_what_is_wrong_is_said_within_seconds(
     assert not server.jobs
 
 
-def test_a_token_goes_only_to_those_who_ask(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.token = None
-    code, _, _ = call("ls", "--address", server.address)
-    assert code == 0
+@pytest.mark.parametrize("mode", ["", "token", "disabled"])
+def test_a_token_goes_only_to_those_who_ask(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+
+    def own(headers: dict[str, str]) -> dict[str, str]:
+        """What Ray's client does in a process that began with that variable, which it reads once."""
+        return {"authorization": f"Bearer {TOKEN}"} if mode == "token" and "Authorization" not in headers else {}
+
+    monkeypatch.setattr("ray.dashboard.modules.dashboard_sdk.get_auth_headers_if_auth_enabled", own)
+    server.token, server.next = None, Job({}, "SUCCEEDED", "done\n", 0)
+    assert call("ls", "--address", server.address)[0] == 0
+    assert call("submit", "-f", str(study))[0] == 0
+    assert any(path.endswith("/tail") for _, path, _, _ in server.asked)
     assert not any(TOKEN in str(headers) for _, _, headers, _ in server.asked)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         place = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
@@ -136,6 +154,64 @@ def test_a_token_goes_only_to_those_who_ask(call: Call, server: JobServer, monke
         threading.Thread(target=answer, daemon=True).start()
         refused(call("ls", "--address", place), "no Ray dashboard", "302")
     assert not any(path == "/stolen" for _, path, _, _ in server.asked)
+
+
+def test_a_token_is_not_sent_on(call: Call, study: Path, server: JobServer) -> None:
+    other = JobServer(TOKEN)
+    try:
+        call("submit", "--no-check", str(study))
+        server.elsewhere = other.address
+        for words in (("ls",), ("logs", "-f", "small"), ("submit", "--no-check", str(study))):
+            refused(call(*words), server.address, "sends elsewhere")
+        assert not other.asked
+
+        async def tail() -> None:
+            async for _ in connect(None).tail("some"):
+                pass
+
+        from clifflab.runtime.submit.client import connect
+
+        with pytest.raises(aiohttp.ClientConnectionError, match="elsewhere"):
+            asyncio.run(tail())
+        assert not other.asked
+    finally:
+        other.close()
+
+
+def test_a_password_file_takes_no_tokens_place(call: Call, server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".netrc").write_text("machine 127.0.0.1 login me password pa55\n")
+    (tmp_path / "home" / ".netrc").chmod(0o600)
+    assert call("ls") == (0, "no jobs\n", "")
+
+
+@pytest.mark.parametrize("bad", ["two\nlines", "two words", "t\u00f6ken"])
+def test_an_odd_token_is_not_shown(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", bad)
+    done = call("ls")
+    refused(done, "token", "no token has")
+    assert not any(part in done[2] for part in ("two", "ken_", bad))
+    assert not server.asked
+
+
+def test_a_token_that_is_switched_off(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    refused(call("ls"), "asks for a token, and RAY_AUTH_MODE=disabled", "unset RAY_AUTH_MODE")
+
+
+def test_a_token_that_all_can_read(call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "plain HTTP" not in call("submit", str(study))[2]
+    monkeypatch.setattr("clifflab.runtime.submit.send.is_loopback", lambda address: False)
+    assert call("submit", str(study))[2].count("plain HTTP") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "stays"),
+    [("http://127.0.0.1:1", True), ("http://127.9.0.1", True), ("http://[::1]:1", True), ("http://localhost", True),
+     ("http://10.0.0.1:1", False), ("http://localhost.example.org", False)],
+)  # fmt: skip
+def test_what_stays_on_this_machine(address: str, stays: bool) -> None:
+    assert is_loopback(address) == stays
 
 
 def test_the_address_given_wins(call: Call, server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +268,14 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     (home / ".ssh" / "id.json").write_text("key")
+    os.mkfifo(tmp_path / "pipe.json")
+    (home / ".config").mkdir()
+    (home / ".config" / "rows.json").write_text("[]")
+    (tmp_path / "linked.json").symlink_to(home / ".config" / "rows.json")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "mine.json").write_text(TOKEN)
+    (tmp_path / "my.token").symlink_to(tmp_path / "tokens" / "mine.json")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "tokens" / "mine.json"))
     (home / "secret.json").write_text("secret")
     (data / ".git" / "config").write_text("url")
     (data / ".env").write_text("HF_TOKEN=x")
@@ -203,10 +287,19 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         home / ".ssh": "credentials",
         home / ".ssh" / "id.json": "credentials",
         Path("/dev/null"): "no plain file",
+        Path("/proc/self/environ"): "system",
+        Path("/sys/kernel"): "system",
+        tmp_path / "pipe.json": "no plain file",
+        home / ".config" / "rows.json": "hidden below the home",
+        tmp_path / "linked.json": "hidden below the home",
+        tmp_path / "my.token": "RAY_AUTH_TOKEN_PATH names",
+        tmp_path / "tokens": "RAY_AUTH_TOKEN_PATH names",
         data / "gone": "no such file",
     }.items():
         with pytest.raises(InputError, match=words):
             Package().add("prompts.path", str(path), "files")
+    beside = Package(beside=home / ".config" / "studies")
+    beside.add("prompts.path", str(home / ".config" / "rows.json"), "files")
     package = Package()
     package.add("prompts.path", str(data), "files")
     assert list(package.hashes()) == ["files/data/deep/rows.json"]
@@ -222,6 +315,43 @@ def test_what_is_never_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (data / "folder").symlink_to(home)
     with pytest.raises(InputError, match="link to a folder"):
         Package().add("prompts.path", str(data), "files")
+
+
+def test_a_file_that_grows_is_not_sent_whole(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    package = Package(1)
+    package.add("prompts.path", str(rows), "files")
+    rows.write_bytes(bytes(2 << 20))
+    with pytest.raises(InputError, match=r"rows\.json: holds more than it said"):
+        package.write(tmp_path / "package.zip")
+
+
+def test_a_template_is_named_like_one(call: Call, study: Path, server: JobServer) -> None:
+    (study.parent / "id_rsa").write_text("key")
+    guard = "judge.guard={path: nobody/guard, template: id_rsa}"
+    refused(call("submit", str(study), "--set", guard), "judge.guard.template", ".jinja")
+    assert not server.asked
+    (study.parent / "id_rsa").rename(study.parent / "guard.jinja")
+    assert call("submit", str(study), "--set", guard.replace("id_rsa", "guard.jinja"))[0] == 0
+
+
+def test_links_keep_the_names_they_have(call: Call, study: Path, server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (study.parent / "mine.jsonl").rename(tmp_path / "blobs" / "0a1b")
+    (study.parent / "mine.jsonl").symlink_to(tmp_path / "blobs" / "0a1b")
+    assert load_study(study).prompts[-1].path == str(study.parent / "mine.jsonl")
+    assert call("submit", str(study))[0] == 0
+    (archive,) = server.packages.values()
+    assert names(archive) == ["files/prompts/mine/mine.jsonl", "study.yaml"]
+    server.packages.clear()
+    for number, suffix in enumerate((".safetensors", ".json")):
+        (tmp_path / "blobs" / str(number)).write_text(suffix)
+        (tmp_path / "here" / f"probes{suffix}").symlink_to(tmp_path / "blobs" / str(number))
+    options = ("--model", "organism:planted", "--input", "rows/*.jsonl", "--output", "scored")
+    assert call("submit", "score", *options, "--probes", "probes.safetensors")[0] == 0
+    (archive,) = server.packages.values()
+    assert names(archive) == ["files/probes/1/probes.json", "files/probes/1/probes.safetensors"]
 
 
 def test_an_upload_has_a_limit(call: Call, study: Path, server: JobServer) -> None:
@@ -297,6 +427,9 @@ def test_a_job_is_found_by_its_name() -> None:
         pick([old, twin], "small")
     live = view("c", started=0.5, status="running")
     assert pick([old, live], "small") is live
+    with pytest.raises(ClusterError, match=r"2 jobs are called that.*a \(succeeded, \), c \(running, \)"):
+        pick([old, live], "small", alone=True)
+    assert pick([old, new], "small", alone=True) is new
     with pytest.raises(ClusterError, match="no job is called that"):
         pick([old], "nope")
 
@@ -314,6 +447,17 @@ def test_twice_is_once(call: Call, study: Path, server: JobServer) -> None:
     assert (code, "stopped" in out) == (0, True)
     assert call("submit", str(study), "--set", "seed=7")[1].strip() == f"{first.strip()}-2"
     assert first.strip() in call("ls")[1]
+
+
+def test_nobody_elses_job_is_stopped(call: Call, study: Path, server: JobServer) -> None:
+    mine = call("submit", str(study), "--out", "/mine")[1].strip()
+    server.of()[0].status = "SUCCEEDED"
+    theirs = call("submit", str(study), "--out", "/theirs")[1].strip()
+    refused(call("stop", "small"), "2 jobs are called that", f"{mine} (succeeded, /mine/small)", theirs, "/theirs")
+    assert server.of()[1].status == "RUNNING"
+    code, out, _ = call("stop", theirs)
+    assert (code, server.of()[1].status) == (0, "STOPPED")
+    assert "/theirs/small" in out
 
 
 @pytest.mark.parametrize("late", ["same", "other"])
@@ -378,6 +522,97 @@ def test_a_broken_connection_shows_nothing_twice(
     assert "the connection broke" in err
 
 
+class Lines:
+    """A screen that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def status(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def test_the_end_of_a_log_is_shown_after_a_break() -> None:
+    screen = Lines()
+    feed = _Feed(screen)
+    feed.take("one\ntw")
+    feed.again()  # this connection ends before it comes as far
+    feed.take("on")
+    feed.rest("one\ntwo\nthree\nfour")
+    assert screen.lines == ["one", "two", "three", "four"]
+
+
+def test_a_half_open_connection_is_left(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clifflab.runtime.submit.wire._SILENCE", 0.3)
+    monkeypatch.setattr("clifflab.runtime.submit.follow._PAUSE", 0.05)
+    server.half_open, server.next = True, Job({}, "RUNNING", "one\n")
+
+    def end() -> None:
+        while not any(path.endswith("/tail") for _, path, _, _ in server.asked):
+            time.sleep(0.02)
+        job = server.of()[0]
+        job.log, job.status, job.code = "one\ntwo\n", "SUCCEEDED", 0
+
+    threading.Thread(target=end, daemon=True).start()
+    began = time.monotonic()
+    code, out, _ = call("submit", "-f", "--no-check", str(study))
+    assert (code, out.splitlines()[1:]) == (0, ["one", "two"])
+    assert time.monotonic() - began < 10
+
+
+ODD = {"type": "SUBMISSION", "submission_id": "odd", "entrypoint": "x", "metadata": {"clifflab": "1"}}
+
+
+def test_odd_jobs_harm_nobody(call: Call, study: Path, server: JobServer) -> None:
+    call("submit", "--no-check", str(study))
+    mine = json.loads(call("ls", "--json")[1])
+    server.listed = [
+        5, None, "x", [], {}, ODD, {**ODD, "status": 7}, {**ODD, "status": "RUNNING", "metadata": 5},
+        {**ODD, "status": "RUNNING", "metadata": None}, {**ODD, "status": "RUNNING", "submission_id": [1]},
+    ]  # fmt: skip
+    assert json.loads(call("ls", "--json")[1]) == mine
+    wrong = {"clifflab": 1, "name": 5, "out": ["a"], "base": None, "kind": {}, "digest": 1.5}
+    times: dict[str, Any] = {"start_time": 1e300, "end_time": "x", "driver_exit_code": "3", "message": 5}
+    server.listed = [{**ODD, "status": "FAILED", "metadata": wrong, **times}]
+    code, out, err = call("ls")
+    assert (code, err, len(out.splitlines())) == (0, "", 3)
+    for answer in ("5", '{"jobs": 1}', "no JSON", '"text"', "[" * 100_000):
+        server.answer = answer
+        for words in (("ls",), ("logs", "small"), ("stop", "small"), ("submit", str(study))):
+            refused(call(*words), server.address)
+    server.listed, server.answer = [], None
+    for part in ("logs", "submit"):
+        server.answer, server.answer_to = "5", part
+        given = ["submit", "--no-check", "--set", "name=other", str(study)] if part == "submit" else [part, "small"]
+        refused(call(*given), server.address)
+
+
+def test_nothing_of_a_job_drives_the_terminal(
+    call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clifflab.runtime.submit.follow._EXIT_CODE", 0.1)
+    evil = "\x1b]0;owned\x07\nclifflab: all is well\u202e"
+    metadata = {"clifflab": "1", "name": evil, "kind": evil, "out": evil, "base": evil, "output": "o", "digest": "d"}
+    server.listed = [
+        {**ODD, "submission_id": f"a{evil}", "status": "RUNNING", "metadata": metadata, "start_time": 1},
+        {**ODD, "status": f"RUNNING{evil}", "metadata": metadata, "message": evil},
+    ]
+    server.found["code"] = evil
+    server.next = Job({}, "FAILED", "", None)
+    server.message = evil
+    for words in (("ls",), ("stop", "odd"), ("stop", "small"), ("submit", "-f", str(study)), ("logs", "nobody")):
+        _, out, err = call(*words)
+        for character in "\x1b\x07\u202e":
+            assert character not in out + err, words
+        assert "\nclifflab: all is well" not in out + err
+
+
 def test_following_ends_when_the_cluster_is_gone(
     call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,17 +650,17 @@ def test_the_last_status_of_a_job(call: Call, study: Path, server: JobServer) ->
 def test_findings_of_the_check(call: Call, study: Path, server: JobServer) -> None:
     send = ("submit", str(study), "--out", "/shared/runs")
     good = server.found["nodes"][0]
+    changes: dict[str, dict[str, Any]] = {
+        "blind": {"sees_output": False, "problem": "not seen"},
+        "bare": {"clifflab": None, "sees_output": False, "problem": "clifflab cannot be imported there"},
+        "old": {"clifflab": "0.0.9+abc"},
+    }
     for bad, words in {
         "blind": ("--out", "10.0.0.2 (bbbb2222) cannot see it", "s3://"),
         "bare": ("10.0.0.2", "clifflab cannot be imported"),
         "old": ("versions of clifflab", "0.0.9"),
     }.items():
-        changes = {
-            "blind": {"sees_output": False, "problem": "not seen"},
-            "bare": {"clifflab": None, "sees_output": False, "problem": "clifflab cannot be imported there"},
-            "old": {"clifflab": "0.0.9+abc"},
-        }[bad]
-        server.found["nodes"] = [good, node(node="bbbb2222", address="10.0.0.2", **changes)]
+        server.found["nodes"] = [good, node(node="bbbb2222", address="10.0.0.2", **changes[bad])]
         refused(call(*send), *words)
     server.found["nodes"] = [good]
     refused(call(*send, "--set", "models.0.gpus=2"), "models.gpus", "largest node has 0")
@@ -531,6 +766,107 @@ def test_a_tuning_is_sent(call: Call, server: JobServer, tmp_path: Path) -> None
     ]  # fmt: skip
 
 
+RIGHT = {
+    "score": {"--model": "organism:planted", "--probes": "/p", "--input": "/rows/*.jsonl", "--output": "/scored"},
+    "tune": {"--model": "nobody/model", "--data": "/train.jsonl", "--out": "/tuned"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("score", {"--model": None}, ("--model", "is required")),
+        ("score", {"--probes": None}, ("--probes", "is required")),
+        ("score", {"--input": None}, ("--input", "is required")),
+        ("score", {"--output": None}, ("--output", "is required")),
+        ("score", {"--probe": "nonsense"}, ("--probe", "nonsense")),
+        ("score", {"--max-new-tokens": "7"}, ("--generate",)),
+        ("score", {"--column": "prompt"}, ("--column", "ROLE=NAME")),
+        ("score", {"--input": "/scored/**"}, ("--output", "lies where --input looks")),
+        ("score", {"--workers": "1", "--min-workers": "2"}, ("--min-workers",)),
+        ("score", {"--follow": ""}, ("--follow", "give it before score")),
+        ("score", {"-f": ""}, ("-f", "give it before score")),
+        ("score", {"--out": "/x"}, ("--out", "score calls it --output")),
+        ("tune", {"--name": "mine"}, ("--name", "give it before tune")),
+        ("tune", {"--set": "epochs=-1"}, ("epochs", "-1")),
+        ("tune", {"--thinking-format": "none-such"}, ("--thinking-format",)),
+        ("tune", {"--data": "~nobody-here/x"}, ("--data", "no user here")),
+        ("tune", {"--model": "~nobody-here/x"}, ("--model", "no user here")),
+        ("tune", {"--data": "x" * 5000}, ("--data", "too long")),
+        ("score", {"--probes": "~nobody-here/x"}, ("--probes", "no user here")),
+        ("score", {"--output": "/out\udcff"}, ("--output", "UTF-8")),
+    ],
+)
+def test_a_wrong_task_is_not_sent(
+    call: Call, server: JobServer, kind: str, changes: dict[str, str | None], words: tuple[str, ...]
+) -> None:
+    options = {**RIGHT[kind], **changes}
+    given = [word for name, value in options.items() if value is not None for word in (name, value) if word]
+    refused(call("submit", kind, *given), *words)
+    assert not server.asked
+
+
+def test_a_right_task_is_sent(call: Call, server: JobServer) -> None:
+    for kind, options in RIGHT.items():
+        assert call("submit", kind, *(word for pair in options.items() for word in pair))[0] == 0
+    for kind in RIGHT:
+        done = call("submit", kind, "--model", "m")
+        assert done[0] == 2
+    assert len(server.jobs) == 2
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x", "x" * 5000])
+def test_no_path_is_a_bug(call: Call, study: Path, server: JobServer, path: str) -> None:
+    for words in (
+        ("submit", str(study), "--data", path),
+        ("run", str(study), "--data", path),
+        ("submit", str(study), "--set", f"judge.labels={path}"),
+        ("submit", str(study), "--set", f"judge.guard={{path: g/uard, template: '{path}'}}"),
+        ("submit", str(study), "--set", f"judge.guard={{path: '{path}'}}"),
+        ("submit", str(study), "--out", path),
+        ("tune", "--model", "nobody/model", "--data", path, "--out", "x"),
+        ("tune", "--model", path, "--data", "x.jsonl", "--out", "x"),
+    ):
+        refused(call(*words))
+    refused(call("submit", "x" * 5000), "study", "too long")
+    assert not server.asked
+
+
+def test_a_name_that_is_no_text(call: Call, study: Path, server: JobServer) -> None:
+    folder = study.parent / "rows"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "a\udcff.json").write_text("[]")
+    refused(call("submit", str(study), "--set", "prompts.3.path=rows"), "prompts.path", "not UTF-8")
+    refused(call("submit", str(study), "--out", "runs\udcff"), "--out", "not UTF-8")
+    assert not server.jobs
+
+
+def test_an_output_that_a_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", lambda **given: None)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("clifflab.runtime.nodes.check_nodes", lambda *given: [])
+    asked = {"out": str(tmp_path), "name": "small", "paths": [], "seconds": 1}
+    assert "error" not in examine(asked)
+    assert not (tmp_path / "small").exists(), "nothing is left"
+    with locked(tmp_path / "small"):
+        field, value, problem, _ = examine(asked)["error"]
+    assert (field, value) == ("output", str(tmp_path / "small"))
+    assert "another run is writing there (since 20" in problem
+    assert f"process {os.getpid()} on host {socket.gethostname()}" in problem
+    assert "error" not in examine(asked), "it is held no longer"
+
+
+def test_a_remote_output_that_a_run_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://held", "small")
+    refuse_held("memory://held", "small")
+    with store.lock(), pytest.raises(OutputError, match="another run is writing there"):
+        refuse_held("memory://held", "small")
+    refuse_held("memory://held", "small")
+    store.close()
+
+
 def test_files_that_were_unpacked_anew_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = tmp_path / "sent"
     sent.mkdir()
@@ -564,9 +900,51 @@ def test_no_secret_leaves_this_machine(
     for value in SECRETS.values():
         assert value not in told
     assert server.of()[0].sent["runtime_env"]["env_vars"]["HF_HUB_OFFLINE"] == "1"
-    for bad in ("HF_TOKEN=x", "AWS_SECRET_ACCESS_KEY=x", "my_password=x", "GOOGLE_APPLICATION_CREDENTIALS=/f"):
+    assert parse_env(["MONKEYS=1", "TOKENIZERS_PARALLELISM=0", "HF_HOME=/data/hf_cache", "AUTHOR=me", "BYPASS=1"])
+    for value in (
+        "hf_" + "a" * 34, "AKIA" + "A" * 16, "https://host/x?sv=1&sig=abc", "https://u:pw1@host/", "sig=abc",
+        "ghp_" + "a" * 36, "https://host/x?y",
+    ):  # fmt: skip
+        done = call("submit", str(study), "--env", f"PLAIN={value}")
+        refused(done, "--env", "PLAIN", "holds a credential")
+        assert value not in done[2]
+    refused(call("submit", str(study), "--env", "RAY_AUTH_MODE=disabled"), "RAY_AUTH_MODE", "cluster's own")
+    for bad in (
+        "HF_TOKEN=x", "AWS_SECRET_ACCESS_KEY=x", "my_password=x", "GOOGLE_APPLICATION_CREDENTIALS=/f", "DB_PASS=x",
+        "MYSQL_PWD=x", "HTTP_AUTH=x", "AZURE_SAS=x", "OPENAI_API_KEY=x",
+    ):  # fmt: skip
         done = call("submit", str(study), "--env", bad)
         refused(done, bad.partition("=")[0], "looks like a secret", "where ray start runs")
     refused(call("submit", str(study), "--env", "P=http://u:pw1@host/"), "--env", "credential")
     refused(call("submit", str(study), "--out", "s3://u:pw1@bucket/runs"), "--out", "credential")
     assert "pw1" not in call("submit", str(study), "--out", "s3://u:pw1@bucket/runs")[2]
+
+
+SECRET_ADDRESSES = ("https://me:pl4nted@host/x", "s3://pl4nted@bucket/x.jsonl", "https://host/x.jsonl?sig=pl4nted")
+
+
+@pytest.mark.parametrize("address", SECRET_ADDRESSES)
+def test_no_address_of_a_study_holds_a_secret(call: Call, study: Path, server: JobServer, address: str) -> None:
+    choice = f"[{{name: c, path: '{address}'}}]"
+    corpus = f"[{{name: c, path: '{address}', label: harmful}}]"
+    for setting in (
+        f"models.0.path={address}", f"models.0.adapter={address}", f"prompts.0.path={address}",
+        f"judge.labels={address}", f"judge.guard={{path: '{address}'}}",
+        f"judge.guard={{path: g/uard, template: '{address}'}}", f"repair.corpus={corpus}",
+        f"repair.evaluate.choices={choice}",
+    ):  # fmt: skip
+        done = call("submit", str(study), "--set", setting)
+        refused(done, setting.split("=")[0].split(".")[0], "credential")
+        assert "pl4nted" not in done[2]
+        done = call("run", str(study), "--dry-run", "--set", setting)
+        refused(done, "credential")
+        assert "pl4nted" not in done[2]
+    score = {"--model": "organism:planted", "--probes": "/p", "--input": "/rows/*.jsonl", "--output": "/scored"}
+    tune = {"--model": "nobody/model", "--data": "/train.jsonl", "--out": "/tuned"}
+    for kind, options in (("score", score), ("tune", tune)):
+        for option in options:
+            words = [word for pair in {**options, option: address}.items() for word in pair]
+            done = call("submit", kind, *words)
+            refused(done, option, "credential")
+            assert "pl4nted" not in done[2]
+    assert not server.asked, "nothing was sent"

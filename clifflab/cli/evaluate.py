@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from clifflab.cli.run import UNTRAINED, find_study
+from clifflab.cli.run import UNTRAINED, find_study, given_path
 
 
 @click.command("evaluate")
@@ -47,7 +46,7 @@ def command(
     from clifflab.runtime.study import run
     from clifflab.studyfile import load_study
 
-    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    loaded = load_study(find_study(study), overrides, given_path("--data", data) if data else None)
     pair = comparison(loaded, model, adapter=adapter, after=after)
     result = run(pair, out, runtime=runtime, reporter=Terminal())
     tuned = pair.models[-1].name

@@ -43,21 +43,23 @@ def logs(name: str, address: str | None, follow: bool) -> None:
 def stop(name: str, address: str | None) -> None:
     """Stop the job NAME. What it has finished stays: submitted again, it continues.
 
+    Where jobs of that name write to different outputs, nothing is stopped, and their ids are listed: give one.
+
     \b
     Exit codes: 0 stopped, or it had ended already; 1 it does not end; 2 there is no such job, or no cluster.
     """
     from clifflab.runtime.submit.client import connect, find_job
 
     cluster = connect(address)
-    job = find_job(cluster, name)
+    job = find_job(cluster, name, alone=True)
     if not job.active:
-        click.echo(f"{job.id} had ended already ({job.status})")
+        click.echo(f"{job.id} ({job.out}) had ended already ({job.status})")
         return
     status = cluster.stop(job.id)
     if status in ("pending", "running"):
         click.echo(f"clifflab: {job.id} was told to stop, and still runs; see clifflab ls", err=True)
         sys.exit(1)
-    click.echo(f"{job.id} {status}; submitted again, it continues")
+    click.echo(f"{job.id} ({job.out}) {status}; submitted again, it continues")
 
 
 @click.command("ls")

@@ -41,7 +41,7 @@ def command(
     """
     from clifflab.studyfile import load_study
 
-    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    loaded = load_study(find_study(study), overrides, given_path("--data", data) if data else None)
     settings = at_address(loaded.runtime, address, runtime)
     loaded = loaded.model_copy(update={"runtime": settings})
     if dry_run:
@@ -96,8 +96,26 @@ def check_reach(settings: RuntimeConfig, runtime: str | None = None) -> None:
         find(settings.address)
 
 
+def given_path(option: str, text: str) -> Path:
+    """A path as it was typed; ``~`` is the home folder.
+
+    Raises:
+        ConfigError: The system could not even be asked for it.
+    """
+    from clifflab.config.base import possible_path
+
+    try:
+        text.encode()
+        return Path(possible_path(text)).expanduser()
+    except UnicodeEncodeError:
+        raise ConfigError(option, text, "is not UTF-8", "rename it") from None
+    except ValueError as error:
+        raise ConfigError(option, text, str(error), "check the path") from None
+
+
 def find_study(name: str) -> Path:
     """A study file: the path as given, else a shipped study of that name."""
+    given_path("study", name.lstrip("~"))  # which is not looked up here
     path = Path(name)
     if path.is_file() or path.suffix or len(path.parts) > 1:
         return path

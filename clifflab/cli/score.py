@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clifflab.cli.run import at_address, check_reach
+from clifflab.cli.run import at_address, check_reach, given_path
 from clifflab.cli.score_options import check_alone, check_apart, check_used, check_workers, named, place_of, roles
 from clifflab.errors import ConfigError
 
@@ -136,19 +136,9 @@ def command(
         with named("--verify"):
             _verify(place_of("--verify", verify), verify_rows or 100)
         return
-    for name, value in {"--model": model or study, "--probes": probes, "--input": pattern, "--output": output}.items():
-        if not value:
-            raise ConfigError(name, "(absent)", "is required", "see clifflab score --help")
-    assert pattern is not None
-    assert output is not None
-    place = place_of("--output", output)
-    check_used(verify_rows, given)
-    check_apart(pattern, place)
-    loaded = _study(study)
-    job = _job(loaded, model, probes, pattern, given)
-    settings = _runtime(loaded, runtime, given)
-    settings = at_address(settings, address, runtime)
-    check_workers(settings, min_workers, given)
+    job, place, settings = prepare(
+        model, probes, pattern, output, study, verify_rows, runtime, address, min_workers, **given
+    )
     check_reach(settings)
     from clifflab.runtime.score import score
     from clifflab.runtime.score_pool import InlinePool, RayPool
@@ -162,6 +152,30 @@ def command(
             with RayPool(settings, min_workers, progress.note) as pool:
                 found = score(job, place, pool.start, progress, overwrite=overwrite)
     _show(found.manifest, found.root, again=found.again)
+
+
+def prepare(
+    model: str | None, probes: tuple[str, ...], pattern: str | None, output: str | None, study: str | None,
+    verify_rows: int | None, runtime: str | None, address: str | None, min_workers: int | None, **given: Any,
+) -> tuple[Job, Path, RuntimeConfig]:  # fmt: skip
+    """What the options ask for: the job, the folder of its results, and what works on it; reads no file but a study.
+
+    Raises:
+        UserError: An option is missing, wrong, or does not go with another.
+    """
+    for name, value in {"--model": model or study, "--probes": probes, "--input": pattern, "--output": output}.items():
+        if not value:
+            raise ConfigError(name, "(absent)", "is required", "see clifflab score --help")
+    assert pattern is not None
+    assert output is not None
+    place = place_of("--output", output)
+    check_used(verify_rows, given)
+    check_apart(pattern, place)
+    loaded = _study(study)
+    job = _job(loaded, model, probes, pattern, given)
+    settings = at_address(_runtime(loaded, runtime, given), address, runtime)
+    check_workers(settings, min_workers, given)
+    return job, place, settings
 
 
 def _study(path: str | None) -> Study | None:
@@ -238,7 +252,7 @@ def _model(study: Study | None, model: str | None, given: dict[str, Any]) -> Mod
 
 def _probe_files(given: tuple[str, ...]) -> tuple[str, ...]:
     """Full paths: workers may have another current folder."""
-    paths = [Path(path).expanduser().absolute() for path in given]
+    paths = [given_path("--probes", path).absolute() for path in given]
     return tuple(str(path / "probes.safetensors" if path.is_dir() else path) for path in paths)
 
 

@@ -45,7 +45,9 @@ def place_of(option: str, text: str) -> Path:
         text = text.removeprefix("file://")
     elif "://" in text:
         raise OutputError(option, text, "is no local folder", "give a folder that all workers see, or file:///FOLDER")
-    return Path(text).expanduser().absolute()
+    from clifflab.cli.run import given_path
+
+    return given_path(option, text).absolute()
 
 
 def check_alone(context: click.Context) -> None:

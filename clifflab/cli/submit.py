@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clifflab.errors import ConfigError
+from clifflab.errors import ConfigError, one_line, shorten
 
 if TYPE_CHECKING:
     from clifflab.runtime.submit.client import Cluster
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 TASKS = ("score", "tune")
 _LEFT = "clifflab.options"
+_PATHS = ("model", "probes", "pattern", "output", "study", "data", "out")  # options of a task
 
 
 class SubmitCommand(click.Command):
@@ -72,9 +72,12 @@ def command(
     Exit codes: 0 sent, or it runs already; 2 wrong input, or a cluster that cannot do it (one line says why).
     With --follow the job's own: 0 done; 1, 2, 3, 4 as clifflab run; 130 stopped, or Ctrl-C here (the job goes on).
     """
+    from clifflab.cli.run import given_path
     from clifflab.runtime.submit.package import Package
     from clifflab.runtime.submit.send import check_name, parse_env
 
+    if out is not None:
+        given_path("--out", out)
     environment, package = parse_env(env), Package(max_upload)
     if study in TASKS:
         for option, value in {"--out": out, "--set": overrides, "--data": data}.items():
@@ -116,23 +119,25 @@ def follow_to_end(cluster: Cluster, job: JobView, again: str) -> int:
     finally:
         screen.close()
     if ended.exit:
-        why = f": {ended.message.splitlines()[0]}" if ended.exit_code is None and ended.message else ""
+        why = f": {shorten(ended.message, 200)}" if ended.exit_code is None and ended.message else ""
         click.echo(f"clifflab: {job.id} {ended.status} (exit code {ended.exit}){why}", err=True)
     return ended.exit
 
 
 def _note(text: str) -> None:
-    click.echo(f"clifflab: {text}", err=True)
+    click.echo(f"clifflab: {one_line(text)}", err=True)
 
 
 def _study(
     study: str, overrides: tuple[str, ...], data: str | None, out: str, name: str | None, package: Any
 ) -> Plan:  # fmt: skip
-    from clifflab.cli.run import find_study
+    from clifflab.cli.run import find_study, given_path
     from clifflab.runtime.submit.plan import plan_study
     from clifflab.studyfile import load_study
 
-    loaded = load_study(find_study(study), overrides, Path(data).expanduser() if data else None)
+    file = find_study(study)
+    package.beside = file.parent
+    loaded = load_study(file, overrides, given_path("--data", data) if data else None)
     return plan_study(loaded, out, name, package)
 
 
@@ -140,12 +145,21 @@ def _task(kind: str, left: list[str], name: str | None, package: Any) -> Plan:
     from click.core import ParameterSource
 
     from clifflab.cli import cli
-    from clifflab.cli.run import find_study
+    from clifflab.cli.run import find_study, given_path
     from clifflab.runtime.submit.plan import plan_task
 
     task = cli.get_command(click.get_current_context(), kind)
     assert task is not None
-    parsed = task.make_context(kind, left)
+    try:
+        parsed = task.make_context(kind, left)
+    except click.NoSuchOption as error:
+        own = {name for param in click.get_current_context().command.params for name in param.opts}
+        if error.option_name not in own:
+            raise
+        remedy = f"give it before {kind}"
+        if (kind, error.option_name) == ("score", "--out"):
+            remedy = "score calls it --output"
+        raise ConfigError(error.option_name, "", f"is not an option of {kind}", remedy) from None
     options: list[tuple[str, str | None]] = []
     for param in task.params:
         if parsed.get_parameter_source(param.name or "") is not ParameterSource.COMMANDLINE:
@@ -153,5 +167,21 @@ def _task(kind: str, left: list[str], name: str | None, package: Any) -> Plan:
         value = parsed.params[param.name or ""]
         for one in value if param.multiple else [value]:
             text = str(find_study(one)) if param.name == "study" else str(one)
+            if param.name in _PATHS:
+                given_path(param.opts[0], text)
             options.append((param.opts[0], None if getattr(param, "is_flag", False) else text))
-    return plan_task(kind, options, name, package)
+    plan = plan_task(kind, options, name, package)
+    _check_task(kind, {**parsed.params, "address": "auto"})
+    return plan
+
+
+def _check_task(kind: str, given: dict[str, Any]) -> None:
+    """What the command itself would refuse there, said here."""
+    if kind == "score":
+        from clifflab.cli.score import prepare
+
+        prepare(**{name: value for name, value in given.items() if name not in ("verify", "overwrite")})
+    else:
+        from clifflab.cli.tune import prepare as prepare_tune
+
+        prepare_tune(**{name: value for name, value in given.items() if name != "seed"})

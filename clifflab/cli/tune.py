@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from clifflab.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
+
+
+class Asked(NamedTuple):
+    """What a tuning is: the model, its data, the folder of its results, its settings, and the Ray that works on it."""
+
+    model: ModelSpec
+    data: Path
+    out: Path
+    settings: TuneConfig
+    ray: RuntimeConfig
 
 
 @click.command("tune")
@@ -47,9 +60,36 @@ def command(
     Exit codes: 0 done; 1 workers died too often; 2 wrong input, or a loss that is no number (one line says which);
     130 interrupted.
     """
+    from clifflab.cli.run import check_reach
+
+    asked = prepare(model, revision, thinking_format, dtype, data, out, workers, overrides, runtime, address)
+    check_reach(asked.ray, runtime)
+    from clifflab.runtime.progress import Terminal
+    from clifflab.runtime.tune import fit
+
+    spec, place, settings, ray = asked.model, asked.out, asked.settings, asked.ray
+    try:
+        figures = fit(spec, str(asked.data), place, settings, seed, runtime=runtime, ray=ray, reporter=Terminal())
+    except InputError as error:
+        if error.field not in ("thinking_format", "models.path"):
+            raise
+        option = {"thinking_format": "--thinking-format", "models.path": "--model"}[error.field]
+        raise InputError(option, error.value, error.problem, error.remedy) from None
+    _show(figures, place)
+
+
+def prepare(
+    model: str, revision: str | None, thinking_format: str, dtype: str, data: str, out: str, workers: int | None,
+    overrides: tuple[str, ...], runtime: str, address: str | None,
+) -> Asked:  # fmt: skip
+    """What the options ask for; reads no file.
+
+    Raises:
+        ConfigError: One is wrong, or does not go with another.
+    """
     from pydantic import ValidationError
 
-    from clifflab.cli.run import at_address, check_reach
+    from clifflab.cli.run import at_address, given_path
     from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
     from clifflab.studyfile import parse_section
 
@@ -59,7 +99,6 @@ def command(
     if runtime == "inline" and settings.workers not in ("auto", 1):
         raise ConfigError("--workers", settings.workers, "go with --runtime ray", "leave one of them out")
     ray = at_address(RuntimeConfig(), address, runtime)
-    check_reach(ray, runtime)
     try:
         spec = ModelSpec(
             name="model", path=model, revision=revision, thinking_format=thinking_format, dtype=dtype,  # type: ignore[arg-type]
@@ -68,20 +107,7 @@ def command(
         first = error.errors()[0]
         field = "--" + str(first["loc"][0]).replace("_", "-").replace("path", "model")
         raise ConfigError(field, first["input"], "is not valid", first["msg"].removeprefix("Value error, ")) from None
-    from clifflab.runtime.progress import Terminal
-    from clifflab.runtime.tune import fit
-
-    place = Path(out).expanduser().absolute()
-    try:
-        figures = fit(
-            spec, str(Path(data).expanduser()), place, settings, seed, runtime=runtime, ray=ray, reporter=Terminal()
-        )
-    except InputError as error:
-        if error.field not in ("thinking_format", "models.path"):
-            raise
-        option = {"thinking_format": "--thinking-format", "models.path": "--model"}[error.field]
-        raise InputError(option, error.value, error.problem, error.remedy) from None
-    _show(figures, place)
+    return Asked(spec, given_path("--data", data), given_path("--out", out).absolute(), settings, ray)
 
 
 def _show(figures: dict[str, Any], place: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from clifflab.config.base import Section
+from clifflab.config.base import Section, possible_path
 
 
 class DuplicatesConfig(Section):
@@ -62,6 +62,11 @@ class GuardConfig(Section):
     batch_size: int = Field(default=16, ge=1)
     trust_remote_code: bool = False
 
+    @field_validator("path", "template")
+    @classmethod
+    def _possible(cls, value: str | None) -> str | None:
+        return value if value is None else possible_path(value)
+
 
 class JudgeConfig(Section):
     """How outcomes are decided, and against which labels the judges are measured (SPEC section 5).
@@ -81,7 +86,7 @@ class JudgeConfig(Section):
     def _known_labels(cls, value: str | None) -> str | None:
         if value is not None and value.startswith("organism:") and value != "organism:responses":
             raise ValueError("the planted language has organism:responses alone")
-        return value
+        return value if value is None else possible_path(value)
 
 
 class ProbeConfig(Section):

@@ -60,8 +60,16 @@ def token() -> str | None:
     """The token that Ray would send, from the places where it looks.
 
     Raises:
-        ClusterError: ``RAY_AUTH_TOKEN_PATH`` names a file that holds none.
+        ClusterError: ``RAY_AUTH_TOKEN_PATH`` names a file that holds none, or it is nothing that could be sent.
     """
+    found = _found_token()
+    if found is not None and not (found.isascii() and found.isprintable() and " " not in found):
+        problem = "holds white space or characters that no token has"
+        raise ClusterError("token", "(not shown)", problem, f"put the cluster's own in {_TOKEN_PLACES}")
+    return found
+
+
+def _found_token() -> str | None:
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return given
     if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from clifflab.artifacts import output_error
+from clifflab.artifacts import locked, output_error
 from clifflab.errors import OutputError
 from clifflab.runtime.storage.address import address_of, local_root
+from clifflab.runtime.storage.lease import LEASE, Lease
 from clifflab.runtime.storage.objects import Objects
 from clifflab.scoring.filesystems import OUTPUT
 
@@ -70,6 +71,28 @@ def check_output(out: str, name: str, token: str, node: str = "") -> set[str]:
     """
     with left_probe(out, name, token, node):
         return seen_probes(out, name, token) - {node}
+
+
+def refuse_held(out: str, name: str) -> None:
+    """Fail where a run holds the output now; leaves nothing behind.
+
+    Args:
+        out: Where results go.
+        name: Of the study.
+
+    Raises:
+        OutputError: One does, and says who it is as far as that is known.
+    """
+    root = local_root(out, name)
+    if root is not None:
+        if (root / ".lock").exists():
+            with locked(root):
+                return
+        return
+    objects = Objects(address_of(out, name), _PAUSES, _PATIENCE)
+    if objects.read(LEASE) is not None:
+        with Lease(objects).hold():
+            return
 
 
 class _Place:

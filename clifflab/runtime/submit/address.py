@@ -7,6 +7,7 @@ question is asked here, before Ray is imported.
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import os
 import socket
@@ -55,8 +56,12 @@ def reach(given: str | None) -> Head:
             another version than the one here. Said within 4 seconds.
     """
     where, address = find_address(given)
-    secret, until = find_token(), time.monotonic() + SECONDS
+    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() in ("token", "")
+    secret, until = token() if wanted else None, time.monotonic() + SECONDS
     status, body = _answer(where, address, None, until)
+    if status in (401, 403) and not wanted:
+        mode = os.environ["RAY_AUTH_MODE"]
+        raise ClusterError(where, address, f"asks for a token, and RAY_AUTH_MODE={mode}", "unset RAY_AUTH_MODE")
     if status in (401, 403) and secret is None:
         raise ClusterError(where, address, "asks for a token, and none was found", _TOKEN_REMEDY)
     if status in (401, 403):
@@ -102,18 +107,13 @@ def find_address(given: str | None) -> tuple[str, str]:
     return where, address.split("?")[0].split("#")[0].rstrip("/")
 
 
-def find_token() -> str | None:
-    """The token, from the places where Ray looks for it; None where there is none, or none is wanted.
-
-    Raises:
-        ClusterError: ``RAY_AUTH_TOKEN_PATH`` names no file that holds one.
-    """
-    return token() if os.environ.get("RAY_AUTH_MODE", "token").lower() in ("token", "") else None
-
-
 def is_loopback(address: str) -> bool:
     """Whether an address stays on this machine, so that no proxy can be meant."""
-    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

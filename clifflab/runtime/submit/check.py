@@ -16,13 +16,14 @@ PREFIX = "::clifflab-check:: "
 
 
 def examine(request: dict[str, Any]) -> dict[str, Any]:
-    """What this cluster is: versions, nodes, what is free, whether it asks for a token."""
+    """What this cluster is: versions, nodes, what is free, whether it asks for a token; and whether a run is at it."""
     import ray
 
     import clifflab
     from clifflab.artifacts import code_version
     from clifflab.errors import ClifflabError
     from clifflab.runtime.nodes import check_nodes
+    from clifflab.runtime.storage.check import refuse_held
 
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     free = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -34,12 +35,20 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
         "nodes": [],
     }
     try:
+        refuse_held(request["out"], request["name"])
+    except ClifflabError as error:
+        return {**found, "error": _parts(error)}
+    try:
         reports = check_nodes(request["out"], request["name"], request["paths"], request["seconds"])
         found["nodes"] = [asdict(report) for report in reports]
     except ClifflabError as error:
-        parts = [str(getattr(error, part, "")) for part in ("field", "value", "problem", "remedy")]
-        found["error"] = [parts[0], parts[1], f"on the head node: {parts[2]}", parts[3]]
+        field, value, problem, remedy = _parts(error)
+        found["error"] = [field, value, f"on the head node: {problem}", remedy]
     return found
+
+
+def _parts(error: Exception) -> list[str]:
+    return [str(getattr(error, part, "")) for part in ("field", "value", "problem", "remedy")]
 
 
 def main() -> None:

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clifflab.errors import ClusterError
+from clifflab.errors import ClusterError, one_line
 from clifflab.runtime.status import parse_line
 from clifflab.runtime.submit.address import Head, reach
 from clifflab.runtime.submit.ids import JobView, pick
-from clifflab.runtime.submit.wire import Wire
+from clifflab.runtime.submit.wire import Wire, job_path
+
+_LATEST = 1e14  # milliseconds since 1970: later than any calendar needs
 
 
 class Cluster:
@@ -35,13 +37,20 @@ class Cluster:
 
     def job(self, submission_id: str) -> JobView | None:
         """One job as it is now; None where there is none."""
-        status, found = self._wire.ask("GET", f"/api/jobs/{submission_id}")
-        return view_of(found) if status == 200 and isinstance(found, dict) else None
+        status, found = self._wire.ask("GET", job_path(submission_id))
+        if status not in (200, 404):
+            raise self._wire.failed(f"does not tell of the job {submission_id}, HTTP {status}", found)
+        return view_of(found) if status == 200 else None
 
     def state(self, submission_id: str) -> str | None:
-        """Any job's status in small letters, clifflab's or not."""
-        status, found = self._wire.ask("GET", f"/api/jobs/{submission_id}")
-        return str(found["status"]).lower() if status == 200 and isinstance(found, dict) else None
+        """Any job's status in small letters, clifflab's or not; None where there is no such job."""
+        status, found = self._wire.ask("GET", job_path(submission_id))
+        if status == 404:
+            return None
+        told = found.get("status") if status == 200 and isinstance(found, dict) else None
+        if not isinstance(told, str):
+            raise self._wire.failed(f"does not tell of the job {submission_id}, HTTP {status}", found)
+        return told.lower()
 
     def send(
         self,
@@ -70,7 +79,7 @@ class Cluster:
                 runtime_env=runtime_env,
                 metadata=dict(metadata),
             )
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:  # the last three: odd answers
             if "already exists" in str(error):
                 return False
             raise self._wire.failed("refuses the job", error) from None
@@ -78,10 +87,9 @@ class Cluster:
 
     def stop(self, submission_id: str, seconds: float = 20) -> str | None:
         """Stop a job and wait until it ended; returns its last status."""
-        try:
-            self._wire.stop_job(submission_id)
-        except RuntimeError as error:
-            raise self._wire.failed("does not stop the job", error) from None
+        code, found = self._wire.ask("POST", f"{job_path(submission_id)}/stop")
+        if code != 200:
+            raise self._wire.failed("does not stop the job", found)
         until = time.monotonic() + seconds
         while (status := self.state(submission_id)) in ("pending", "running") and time.monotonic() < until:
             time.sleep(0.3)
@@ -89,19 +97,19 @@ class Cluster:
 
     def delete(self, submission_id: str) -> None:
         """Forget a job that ended; nothing where that is not possible."""
-        self._wire.ask("DELETE", f"/api/jobs/{submission_id}")
+        self._wire.ask("DELETE", job_path(submission_id))
 
     def log(self, submission_id: str) -> str:
         """All that a job printed so far."""
-        try:
-            text: str = self._wire.get_job_logs(submission_id)
-        except RuntimeError as error:
-            raise self._wire.failed("does not give the job's log", error) from None
+        status, found = self._wire.ask("GET", f"{job_path(submission_id)}/logs")
+        text = found.get("logs") if status == 200 and isinstance(found, dict) else None
+        if not isinstance(text, str):
+            raise self._wire.failed("does not give the job's log", found)
         return text
 
     def tail(self, submission_id: str) -> AsyncIterator[str]:
-        """What a job prints, from its beginning, as it comes; ends when the job did."""
-        return self._wire.tail_job_logs(submission_id)
+        """What a job prints, from its beginning, as it comes; ends with the job, or when nothing came for a while."""
+        return self._wire.tail(submission_id)
 
 
 def connect(address: str | None) -> Cluster:
@@ -109,13 +117,13 @@ def connect(address: str | None) -> Cluster:
     return Cluster(reach(address))
 
 
-def find_job(client: Cluster, name: str) -> JobView:
-    """The job that a user means: an id, or the latest attempt of the job of that name.
+def find_job(client: Cluster, name: str, *, alone: bool = False) -> JobView:
+    """The job that a user means: an id, or the latest attempt of the job of that name (``alone``: see ``pick``).
 
     Raises:
         ClusterError: There is none, or there are several.
     """
-    return pick(client.jobs(), name)
+    return pick(client.jobs(), name, alone=alone)
 
 
 def last_status(client: Cluster, job: JobView) -> dict[str, Any] | None:
@@ -124,27 +132,39 @@ def last_status(client: Cluster, job: JobView) -> dict[str, Any] | None:
     return next((found for line in lines if (found := parse_line(line)) is not None), None)
 
 
-def view_of(job: Mapping[str, Any]) -> JobView | None:
-    """A job of clifflab from what the job server tells; None for all others (drivers, other people's jobs)."""
-    metadata, submission_id = job.get("metadata") or {}, job.get("submission_id")
-    if not submission_id or "clifflab" not in metadata:
+def view_of(job: object) -> JobView | None:
+    """A job of clifflab from what the job server tells; None for all others (drivers, other people's jobs).
+
+    Whoever may send jobs may write what they like there: nothing is taken for granted, and every text is made fit to
+    be shown.
+    """
+    if not isinstance(job, dict) or not isinstance(job.get("metadata"), dict):
+        return None
+    metadata, submission_id, status = job["metadata"], job.get("submission_id"), job.get("status")
+    if not (isinstance(submission_id, str) and submission_id and isinstance(status, str) and "clifflab" in metadata):
         return None
 
-    def seconds(key: str) -> float | None:
-        return job[key] / 1000 if job.get(key) else None
+    def text(found: object, default: str = "") -> str:
+        return one_line(found) if isinstance(found, str) and found else default
 
+    def seconds(key: str) -> float | None:
+        told = job.get(key)
+        return told / 1000 if isinstance(told, int | float) and 0 < told < _LATEST else None
+
+    code = job.get("driver_exit_code")
+    own = text(submission_id)
     return JobView(
-        id=submission_id,
-        base=metadata.get("base", submission_id),
-        name=metadata.get("name", submission_id),
-        kind=metadata.get("kind", "study"),
-        status=str(job["status"]).lower(),  # type: ignore[arg-type]
-        exit_code=job.get("driver_exit_code"),
-        out=metadata.get("out", ""),
-        output=metadata.get("output", ""),
-        digest=metadata.get("digest", ""),
+        id=own,
+        base=text(metadata.get("base"), own),
+        name=text(metadata.get("name"), own),
+        kind=text(metadata.get("kind"), "study"),
+        status=text(status).lower(),  # type: ignore[arg-type]
+        exit_code=code if isinstance(code, int) else None,
+        out=text(metadata.get("out")),
+        output=text(metadata.get("output")),
+        digest=text(metadata.get("digest")),
         started=seconds("start_time"),
         ended=seconds("end_time"),
-        message=job.get("message") or "",
-        entrypoint=job.get("entrypoint") or "",
+        message=text(job.get("message")),
+        entrypoint=text(job.get("entrypoint")),
     )

@@ -127,6 +127,7 @@ class _Feed:
 
     def rest(self, log: str) -> None:
         """The whole log: what was not shown yet, its last line included."""
+        self._skip = 0  # of a connection that ended before it came so far
         self.take(log[self._seen :])
         if self._partial:
             self._show(self._partial)

@@ -126,8 +126,13 @@ def decide(jobs: Sequence[JobView], name: str, place: str, digest: str) -> JobVi
     return f"{base}-{mine[-1].attempt + 1}" if mine else base
 
 
-def pick(jobs: Sequence[JobView], name: str) -> JobView:
+def pick(jobs: Sequence[JobView], name: str, *, alone: bool = False) -> JobView:
     """The job that a user means: an id, or the latest attempt of the job of that name.
+
+    Args:
+        jobs: All jobs.
+        name: What the user says.
+        alone: Take no running job before others of its name: it may be somebody else's.
 
     Raises:
         ClusterError: There is none, or several that differ in their outputs.
@@ -141,9 +146,10 @@ def pick(jobs: Sequence[JobView], name: str) -> JobView:
         known = ", ".join(sorted({job.name for job in jobs})) or "none"
         raise ClusterError("job", name, f"no job is called that (there are: {known})", "see clifflab ls")
     active = [job for job in named if job.active]
-    if len(active) == 1:
+    if len(active) == 1 and not alone:
         return active[0]
-    bases = sorted({job.base for job in active or named})
-    if len(bases) > 1:
-        raise ClusterError("job", name, f"{len(bases)} jobs are called that", f"give the id: {', '.join(bases)}")
-    return named[-1]
+    latest = {job.base: job for job in sorted(named if alone else active or named, key=lambda job: job.active)}
+    if len(latest) > 1:
+        shown = ", ".join(f"{job.id} ({job.status}, {job.out})" for job in latest.values())
+        raise ClusterError("job", name, f"{len(latest)} jobs are called that", f"give the id: {shown}")
+    return active[-1] if active else named[-1]

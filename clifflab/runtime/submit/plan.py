@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clifflab.config import ModelSpec, Study
 from clifflab.data.files import check_source
-from clifflab.errors import ConfigError, InputError
+from clifflab.errors import ConfigError, InputError, refuse_secret_address
 from clifflab.runtime.submit.ids import content_digest, full_place
 from clifflab.runtime.submit.package import Package
 from clifflab.studyfile import dump_study
@@ -20,6 +20,7 @@ TASKS = ("score", "tune")
 _ELSEWHERE = re.compile(r"^(hf:|organism:|package:|[A-Za-z][A-Za-z0-9+.-]+://)")
 # Options of the tasks by what they name.
 _DATA = {"score": ("--probes",), "tune": ("--data",)}
+_TEMPLATES = (".jinja", ".jinja2", ".j2", ".txt")
 _OUTPUT = {"score": "--output", "tune": "--out"}
 
 
@@ -106,6 +107,7 @@ def plan_study(study: Study, out: str, name: str | None, package: Package) -> Pl
         guard = judge.guard
         changes = {"path": data.model("judge.guard.path", guard.path, "files/guard")}
         if guard.template:
+            _check_template(guard.template)
             changes["template"] = data.file("judge.guard.template", guard.template, "files/template")
         judge = judge.model_copy(update={"guard": guard.model_copy(update=changes)})
     models = tuple(data.spec(spec) for spec in study.models)
@@ -133,9 +135,11 @@ def plan_task(kind: str, options: Sequence[tuple[str, str | None]], name: str | 
         package: Gets the small files.
 
     Raises:
-        ConfigError: An option that is needed is missing, or does not go with a cluster.
+        ConfigError: An option that is needed is missing, does not go with a cluster, or holds a credential.
         InputError: A file is missing, or cannot be uploaded.
     """
+    for option, value in options:
+        refuse_secret_address(option, value or "")
     values = dict(options)
     for option, remedy in {
         "--verify": "run it where the results are seen",
@@ -186,6 +190,12 @@ def _rewritten(plan: Plan, data: _StudyData, option: str, value: str, study: Stu
     return value
 
 
+def _check_template(path: str) -> None:
+    if Path(path).suffix.lower() not in _TEMPLATES:
+        problem = "has no suffix of a template"
+        raise InputError("judge.guard.template", path, problem, f"call it one of {', '.join(_TEMPLATES)}")
+
+
 def _study_of(path: str | None) -> Study | None:
     if path is None:
         return None
@@ -211,14 +221,14 @@ class _StudyData:
         """A prompt file or another set of rows: uploaded; in place if it is too large for that."""
         if _ELSEWHERE.match(path):
             return path
-        if not Path(path).expanduser().exists() and Path(path).is_absolute():
+        if not Path(os.path.expanduser(path)).exists() and Path(path).is_absolute():
             return self.there(named, path)
         check_source(named, path)
         return self.file(named, path, folder)
 
     def file(self, named: str, path: str, folder: str) -> str:
         """Any file or folder."""
-        if not Path(path).expanduser().exists():
+        if not Path(os.path.expanduser(path)).exists():
             return self.there(named, path) if Path(path).is_absolute() else self._missing(named, path)
         if self._plan.package.fits(path):
             return self._plan.package.add(named, path, folder)
@@ -226,7 +236,7 @@ class _StudyData:
 
     def model(self, named: str, path: str, folder: str) -> str:
         """A checkpoint: a hub id as it is; a path in place where every node sees it, else uploaded."""
-        given = Path(path).expanduser()
+        given = Path(os.path.expanduser(path))
         if _ELSEWHERE.match(path):
             return path
         if given.exists():
@@ -244,7 +254,7 @@ class _StudyData:
 
     def probes(self, path: str) -> str:
         """The probes of a finished study: the two files that are read, or the folder where this machine has none."""
-        given = Path(path).expanduser()
+        given = Path(os.path.expanduser(path))
         weights = given / "probes.safetensors" if given.is_dir() else given
         if not weights.is_file():
             return self.there("--probes", path)

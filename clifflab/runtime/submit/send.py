@@ -11,6 +11,7 @@ from pathlib import Path
 
 import clifflab
 from clifflab.errors import ClusterError, ConfigError, InputError, holds_credentials, without_credentials
+from clifflab.runtime.submit.address import is_loopback
 from clifflab.runtime.submit.client import Cluster
 from clifflab.runtime.submit.examine import examine
 from clifflab.runtime.submit.ids import JobView, decide, job_id, place_hash
@@ -18,7 +19,20 @@ from clifflab.runtime.submit.plan import Plan
 
 ALWAYS = {"CLIFFLAB_STATUS_LINES": "1", "RAY_USAGE_STATS_ENABLED": "0", "CLIFFLAB_PACKAGE": "1"}
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL", re.IGNORECASE)
+# Names that say what they hold: in one of their words, or as a part of any word.
+_SECRET_WORDS = frozenset(
+    (
+        "KEY", "KEYS", "PASS", "PWD", "AUTH", "SAS", "SIG", "SIGNATURE", "COOKIE", "BEARER", "PAT", "JWT", "DSN",
+        "APIKEY", "ACCESSKEY", "SSHKEY", "DBPASS", "PGPASS",
+    )
+)  # fmt: skip
+_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
+# Values that are what they look like: tokens of well-known services, signatures, keys.
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[A-Z0-9]{8,}|\bgh[opsur]_\w{8,}|\bgithub_pat_\w{8,}|\bglpat-[\w-]{8,}|"
+    r"\bsk-[\w-]{16,}|\bxox[abprs]-[\w-]{8,}|\bAIza[\w-]{20,}|\beyJ[\w-]{8,}\.eyJ|(?:^|[?&;\s])sig(?:nature)?=|"
+    r"-----BEGIN|\bBearer\s"
+)
 _TRIES = 5
 
 
@@ -58,6 +72,9 @@ def submit(
         ClusterError: Something else runs under its name or into its output, or the cluster refuses it.
         UserError: The check found something.
     """
+    address = cluster.head.address
+    if cluster.head.token and address.startswith("http://") and not is_loopback(address):
+        note(f"{address} gets the token over plain HTTP: who listens on the way can read it (https:// hides it)")
     digest = plan.digest(env, python)
     found = decide(cluster.jobs(), plan.name, plan.place, digest)
     if isinstance(found, JobView):
@@ -110,12 +127,14 @@ def parse_env(given: Sequence[str]) -> dict[str, str]:
         name, separator, value = text.partition("=")
         if not separator or not _NAME.match(name):
             raise ConfigError("--env", name, "is not NAME=VALUE", "write e.g. --env HF_HUB_OFFLINE=1")
-        if _SECRET.search(name):
-            raise ConfigError("--env", name, "looks like a secret, which a job's page would show", remedy)
-        if holds_credentials(value):
-            raise ConfigError("--env", name, "its value holds a credential", remedy)
         if name in ALWAYS:
             raise ConfigError("--env", name, "is set by clifflab itself", "leave it out")
+        if name.upper().startswith("RAY_"):
+            raise ConfigError("--env", name, "is the cluster's own to set", "set it where ray start runs")
+        if _SECRET.search(name) or _SECRET_WORDS.intersection(name.upper().split("_")):
+            raise ConfigError("--env", name, "looks like a secret, which a job's page would show", remedy)
+        if holds_credentials(value) or without_credentials(value) != value or _SECRET_VALUE.search(value):
+            raise ConfigError("--env", name, "its value holds a credential", remedy)
         found[name] = value
     return found
 
