@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; ``None`` where the file is absent or damaged (a manifest cut short marks nothing whole)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
 
 

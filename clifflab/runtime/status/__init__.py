@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clifflab.artifacts import read_json, write_json
 from clifflab.errors import ClifflabError, shorten
 from clifflab.runtime.events import EventReader
+from clifflab.runtime.status.shape import as_snapshot
 from clifflab.runtime.status.state import RunState
 from clifflab.runtime.status.steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
 from clifflab.runtime.status.view import render as render
@@ -52,7 +53,7 @@ def status_line(snapshot: Mapping[str, Any]) -> str:
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """The snapshot of a status line; ``None`` for any other line, or one cut short.
+    """The snapshot of a status line; ``None`` for any other line, one cut short, or one of another shape.
 
     The line may stand behind what a log puts in front of it.
     """
@@ -61,9 +62,9 @@ def parse_line(line: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and {"study", "state"} <= found.keys() else None
+    return as_snapshot(found)
 
 
 def of_job(
@@ -180,8 +181,7 @@ class RunFolder:
         found = self._state.snapshot(now, alive=self._held())
         if found["started"]:
             return found
-        told = read_json(self.root / STATUS)
-        return told if isinstance(told, dict) and {"study", "state"} <= told.keys() else found
+        return as_snapshot(read_json(self.root / STATUS)) or found
 
     def _pull(self) -> None:
         if self._store is not None:
