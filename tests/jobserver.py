@@ -23,6 +23,7 @@ class Job:
     status: str = "RUNNING"
     log: str = ""
     code: int | None = None
+    message: str = "as the test said"
     started: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def told(self) -> dict[str, Any]:
@@ -31,7 +32,7 @@ class Job:
             "submission_id": self.sent["submission_id"],
             "status": self.status,
             "entrypoint": self.sent["entrypoint"],
-            "message": "as the test said",
+            "message": self.message,
             "metadata": self.sent.get("metadata"),
             "runtime_env": self.sent.get("runtime_env"),
             "start_time": self.started,

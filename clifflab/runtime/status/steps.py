@@ -108,3 +108,22 @@ def sums(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def rounded(value: float) -> float:
     """Seconds to the tenth."""
     return round(value, 1)
+
+
+def as_study(event: Event) -> list[Event]:
+    """Events of a scoring job as those of a study with one step."""
+    time, kind = event.get("time"), event.get("event")
+    about = {"time": time, "step": "score", "model": None}
+    if kind == "start":
+        units, done = count_of(event, "blocks"), count_of(event, "done")
+        begun = {**about, "event": "step_start", "units": units, "missing": units - done}
+        return [{"time": time, "event": "run_start", "steps": 1}, begun]
+    if kind == "block":
+        scorer = f"{event.get('node')} {event.get('pid')}"
+        unit = {"event": "unit", "unit": str(event.get("block")), "rows": event.get("read"), "scorer": scorer}
+        return [{**event, **about, **unit}]
+    if kind == "end":
+        return [{**about, "event": "step_done"}, {"time": time, "event": "run_done"}]
+    if kind == "failed":
+        return [{**event, "event": "run_done", "state": FAILED}]
+    return [event]
