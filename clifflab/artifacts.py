@@ -179,7 +179,8 @@ def locked(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = (root / ".lock").open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link would lock, or empty, another file
+        handle = os.fdopen(os.open(root / ".lock", flags, 0o666), "w")
     except OSError as error:
         raise output_error(root, error) from None
     try:

@@ -76,15 +76,13 @@ class Killer(Silent):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all trainings of this process."""
-    from clifflab.runtime.local import start_ray
+    from clifflab.runtime.local import start_ray, stop_ray
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     started = start_ray(RuntimeConfig(workers=2))
     yield
     if started:
-        import ray
-
-        ray.shutdown()
+        stop_ray()
 
 
 def test_two_workers_one_of_them_killed(cluster: None, data: str, one: dict[str, Any], tmp_path: Path) -> None:
