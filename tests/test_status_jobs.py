@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from clifflab.artifacts import locked
 from clifflab.cli.status import command
 from clifflab.config import TuneConfig
 from clifflab.errors import InputError, OutputError
+from clifflab.runtime import study as study_module
 from clifflab.runtime import tune
 from clifflab.runtime.score_pool import InlinePool
 from clifflab.runtime.status import LINES, of_job, parse_line, read_log
 from clifflab.runtime.tune import Progress, fit
 from tests.score_files import PLANTED, practice, score, write_jsonl, write_probes
+from tests.studies import parse, small_study
 from tests.test_status import event, state_of
 
 ROWS, BLOCK = 30, 10
@@ -145,8 +148,27 @@ def test_links_in_outputs_are_refused(args: list[str], tmp_path: Path) -> None:
     (outside / "file").write_text("kept")
     (out / ".lock").unlink()
     (out / ".lock").symlink_to(outside / "file")
-    assert score(*args, "--output", out).exit_code == 2
+    result = score(*args, "--output", out)
+    assert result.exit_code == 2
+    assert ".lock: is a link, and must be a file of its own" in result.output
     assert (outside / "file").read_text() == "kept"
+
+
+def test_a_study_looks_for_links_once_it_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another run links while this one waits would be missed by a look before."""
+    study, looked = parse(small_study()), []
+
+    def look(root: Path) -> None:
+        with pytest.raises(OutputError, match="another run is writing there"), locked(root):
+            pass
+        looked.append(root)
+        raise OutputError("output", root, "leads out", "remove it")
+
+    monkeypatch.setattr(study_module, "refuse_links", look)
+    with pytest.raises(OutputError, match="leads out"):
+        study_module.run(study, tmp_path, runtime="inline")
+    assert looked == [tmp_path / study.name]
+    assert not (tmp_path / study.name / "study.yaml").exists()
 
 
 def test_progress_needs_no_listener() -> None:
