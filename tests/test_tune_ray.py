@@ -96,7 +96,8 @@ def test_two_workers_one_of_them_killed(cluster: None, data: str, one: dict[str,
     assert killer.done == STEPS, "no step counts twice"
     assert figures["workers"] == 2
     assert_same_course(figures, one)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "adapter", "status.json", "tuning.json"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [".lock", "adapter", "status.json", "tuning.json"]
     assert not list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.pt"))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clifflab.errors import one_line
+
 RUNNING, DONE, PARTIAL, FAILED, STOPPED = "running", "done", "partial", "failed", "stopped"
 WAITING, UNFINISHED = "waiting", "unfinished"
 
@@ -96,6 +98,11 @@ def seconds_of(event: Event) -> float:
     """How long it took."""
     value = event.get("seconds")
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def short_node(node: object) -> str:
+    """The first characters of a node's id, which tell the nodes of one cluster apart."""
+    return one_line(str(node))[:8]
 
 
 def sums(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from clifflab.errors import shorten
+from clifflab.runtime.status.steps import short_node
 
 _STYLES = {"running": "cyan", "done": "green", "partial": "yellow", "failed": "red", "stopped": "yellow"}
 _SILENT = 120.0  # seconds without an event that a reader is told of
 _MOST_ROWS, _MOST_WORKERS = 20, 8
 _UNITS = ("done", "total")
-_NODE = 8  # characters of a node's id, as Ray's own tools show it
 _ENDS = ("done", "partial", "failed", "stopped")
 
 
@@ -155,7 +155,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> Iterable[Text]:
         if others:
             names = f" ({', '.join(loaded[:_MOST_WORKERS])})" if loaded else ""
             held.append(f"{len(others)} without a GPU{names}")
-        yield Text(shorten(f"node {node[:_NODE]}: {'; '.join(held)}", 300))
+        yield Text(shorten(f"node {short_node(node)}: {'; '.join(held)}", 300))
     if len(nodes) > _MOST_ROWS:
         yield Text(f"and {len(nodes) - _MOST_ROWS} more nodes")
 
