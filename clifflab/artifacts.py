@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; ``None`` where the file is absent or damaged (a manifest cut short marks nothing whole)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
 
 
@@ -177,12 +177,16 @@ def locked(root: Path) -> Iterator[None]:
     """Hold a folder for one run at a time; the lock goes with the process, however it ends.
 
     Raises:
-        OutputError: The folder cannot be written, or another run holds it.
+        OutputError: The folder cannot be written, another run holds it, or its lock is a link.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = (root / ".lock").open("a+", encoding="utf-8", errors="replace")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link would lock, or empty, another file
+        handle = os.fdopen(os.open(root / ".lock", flags, 0o666), "r+", encoding="utf-8", errors="replace")
     except OSError as error:
+        if error.errno == errno.ELOOP and (root / ".lock").is_symlink():
+            problem, remedy = "is a link, and must be a file of its own", "remove it, or choose another --out"
+            raise OutputError("output", root / ".lock", problem, remedy) from None
         raise output_error(root, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from clifflab.bench.processes import Family
 from tests.forkserver import Command
 
 _LOOK = 0.02
-_HOW = (".lock", "events.jsonl", ".work")  # how a job went, not what it gave
+_HOW = (".lock", "events.jsonl", "status.json", ".work")  # how a job went, not what it gave
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import heapq
 import json
 import random
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from clifflab.cli.status import command
 from clifflab.runtime.audit import Audit, audit
+from clifflab.runtime.audit.view import render_audit
 
 DRIVER = 100
 Events = list[dict[str, Any]]
@@ -396,3 +399,15 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert "loaded [red]m[/nonsense]\\x1b[2J 2 times" in " ".join(broken.output.split())
     told = json.loads(result(clean().load(9, "a", "m"), "--json").output)
     assert told["problems"] == ["worker a loaded m 2 times"]
+
+
+def test_nodes_are_shown_by_the_first_characters_of_their_ids() -> None:
+    one, other = "0123456789abcdef" * 3, "fedcba9876543210" * 3
+    log = Log().ready(1, 2).worker(1, "a", ["0"], node=one).worker(1, "b", ["0"], node=one)
+    log.worker(1, "c", ["0"], node=other).unit(2, 9, "a", "u0").unit(8, 9, "c", "u1")
+    found = log.audit(10)
+    out = StringIO()
+    Console(file=out, width=100).print(render_audit(found))
+    shown = out.getvalue() + " ".join(found.problems(idle_bound=1))
+    assert "shared GPU 0 of node 01234567" in shown
+    assert {word for word in shown.split() if word.startswith(("0123", "fedc"))} == {"01234567", "fedcba98"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import stat
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,16 +24,21 @@ _PATIENCE = 25.0
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray whose workers tell their metrics often."""
-    from clifflab.runtime.local import start_ray
+    """A Ray whose workers tell their metrics often; nobody else reads its files, and they go with it."""
+    from clifflab.runtime.local import start_ray, stop_ray
 
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
     started = start_ray(RuntimeConfig(workers=2, object_store_mb=80))
     import ray
 
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    if started:
+        assert stat.S_IMODE(session.parents[1].stat().st_mode) == 0o700
+        assert session.parents[1].name.startswith("clifflab-ray-")
     yield ray
     if started:
-        ray.shutdown()
+        stop_ray()
+        assert not session.parents[1].exists()
 
 
 def scraped(port: int) -> dict[tuple[str, str, str], float]:

@@ -405,11 +405,11 @@ def test_a_job_on_a_cluster_is_read_from_its_log(server: JobServer, monkeypatch:
     assert "study  running  1 of 6 steps, 6/16 units" in busy.output
     assert "fresh  waiting" in invoke("fresh", "--address", server.address).output
     listed = invoke("--address", server.address).output.splitlines()
-    assert [line.split()[:2] for line in listed] == [
-        ["busy", "running"],
-        ["broke", "failed"],
-        ["half", "partial"],
-        ["fresh", "waiting"],
+    assert [line.split() for line in listed] == [
+        ["clifflab-busy-12345678", "running", "/results"],
+        ["clifflab-broke-12345678", "failed", "/results"],
+        ["clifflab-half-12345678", "partial", "/results"],
+        ["clifflab-fresh-12345678", "waiting", "/results"],
     ]
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server.address)
     assert invoke("busy").output == busy.output

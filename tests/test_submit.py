@@ -25,7 +25,8 @@ from clifflab.artifacts import locked
 from clifflab.cli import main
 from clifflab.errors import ClusterError, InputError, OutputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
-from clifflab.runtime.status import PREFIX
+from clifflab.runtime.status import PREFIX, status_line
+from clifflab.runtime.status.state import RunState
 from clifflab.runtime.storage import open_store
 from clifflab.runtime.storage.check import left_probe, refuse_held
 from clifflab.runtime.submit.address import is_loopback
@@ -497,8 +498,9 @@ def test_a_broken_connection_shows_nothing_twice(
     call: Call, study: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clifflab.runtime.submit.follow._PAUSE", 0.05)
-    status = {"study": "small", "state": "running", "units": {"total": 9, "done": 4, "failed": 1}, "eta_s": 61.0}
-    status["steps"] = [{"step": "traces", "model": "planted", "state": "running"}]
+    units = {"total": 9, "done": 4, "failed": 1, "queued": 4}
+    step = {"step": "traces", "model": "planted", "state": "running", "units": units, "rows": 0, "tokens": 0}
+    status = {**RunState("small").snapshot(0.0), "units": units, "eta_s": 61.0, "steps": [{**step, "busy_s": 0.0}]}
     lines = ["one", PREFIX + json.dumps(status), "two", PREFIX + json.dumps(status), "three"]
     log = "\n".join(lines) + "\n"
     server.next, server.break_after = Job({}, "SUCCEEDED", log, 0), [2, 0, len(log) - 3]
@@ -640,8 +642,9 @@ def test_the_last_status_of_a_job(call: Call, study: Path, server: JobServer) ->
     call("submit", str(study), "--no-check")
     cluster = connect(None)
     assert last_status(cluster, find_job(cluster, "small")) is None
-    server.of()[0].log = f'{PREFIX}{{"study": "small", "state": "done"}}\nlast\n{PREFIX}{{"cut'
-    assert last_status(cluster, find_job(cluster, "small")) == {"study": "small", "state": "done"}
+    told = RunState("small").snapshot(0.0)
+    server.of()[0].log = f'{status_line(told)}\nlast\n{PREFIX}{{"cut'
+    assert last_status(cluster, find_job(cluster, "small")) == told
 
 
 # What the nodes say.

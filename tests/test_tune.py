@@ -501,7 +501,8 @@ def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 def test_what_a_tuning_writes(tuned: Path) -> None:
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "clifflab.json"]
-    assert sorted(path.name for path in tuned.iterdir() if path.name != ".lock") == ["adapter", "tuning.json"]
+    names = sorted(path.name for path in tuned.iterdir() if path.name != ".lock")
+    assert names == ["adapter", "status.json", "tuning.json"]
     assert sorted(path.name for path in (tuned / "adapter").iterdir()) == files
     figures = json.loads((tuned / "tuning.json").read_text())
     assert figures["files"] == [f"adapter/{name}" for name in files]

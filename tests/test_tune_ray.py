@@ -76,15 +76,13 @@ class Killer(Silent):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all trainings of this process."""
-    from clifflab.runtime.local import start_ray
+    from clifflab.runtime.local import start_ray, stop_ray
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     started = start_ray(RuntimeConfig(workers=2))
     yield
     if started:
-        import ray
-
-        ray.shutdown()
+        stop_ray()
 
 
 def test_two_workers_one_of_them_killed(cluster: None, data: str, one: dict[str, Any], tmp_path: Path) -> None:
@@ -98,7 +96,8 @@ def test_two_workers_one_of_them_killed(cluster: None, data: str, one: dict[str,
     assert killer.done == STEPS, "no step counts twice"
     assert figures["workers"] == 2
     assert_same_course(figures, one)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "adapter", "tuning.json"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [".lock", "adapter", "status.json", "tuning.json"]
     assert not list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.pt"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clifflab.errors import ClifflabError, InputError
+from clifflab.errors import ClifflabError, InputError, shorten
 
 if TYPE_CHECKING:
     from clifflab.runtime.status import RunFolder
 
-RUNS = Path("runs")
+RUNS, CLUSTER = Path("runs"), "RAY_API_SERVER_ADDRESS"
 EXIT_CODES = {"waiting": 0, "running": 0, "done": 0, "partial": 4}  # anything else is 1
 _GOES_ON = ("waiting", "running")
 _BROKEN = 1
@@ -35,8 +36,8 @@ def command(run: str | None, address: str | None, watch: bool, as_json: bool, au
     """Show where a run stands: models, steps, units done and failed, speed, time left.
 
     A run is a folder (runs/quickstart, s3://bucket/runs/quickstart), a study's name under
-    ./runs, or a job that was submitted to a cluster. Without one, all runs under ./runs are listed, or with
-    --address those of the cluster.
+    ./runs, or a job that was submitted to a cluster. Without one, all runs under ./runs are listed, and behind them
+    the jobs of the cluster that RAY_API_SERVER_ADDRESS names, if it names one; with --address the cluster's alone.
 
     \b
     Exit codes: 0 it runs or is done; 4 some models failed and the rest is done; 1 it failed
@@ -66,7 +67,8 @@ def _folder(run: str) -> RunFolder | None:
 
 def _from_cluster(run: str, address: str | None) -> Look:
     """What a job's driver told last."""
-    from clifflab.runtime.submit.client import connect, find_job, last_status
+    from clifflab.runtime.status import of_job, read_log
+    from clifflab.runtime.submit.client import connect, find_job
 
     try:
         cluster = connect(address)
@@ -78,15 +80,10 @@ def _from_cluster(run: str, address: str | None) -> Look:
 
     def look() -> dict[str, Any]:
         job = find_job(cluster, run)
-        return _of_job(job, last_status(cluster, job))
+        told, words = read_log(cluster.log(job.id))
+        return of_job(told, job.name, job.status, job.exit_code, job.message, words)
 
     return look
-
-
-def _of_job(job: Any, told: dict[str, Any] | None) -> dict[str, Any]:
-    from clifflab.runtime.status import of_job
-
-    return of_job(told, job.name, job.status, job.exit_code, job.message)
 
 
 def _show(look: Look, watch: bool, as_json: bool, pause: float) -> int:
@@ -124,18 +121,16 @@ def _show(look: Look, watch: bool, as_json: bool, pause: float) -> int:
 
 
 def _list(address: str | None, as_json: bool) -> int:
-    """One line a run."""
+    """One line a run, then one a job of the cluster that is named here or in the environment."""
     from rich.console import Console
 
     from clifflab.runtime.status import RunFolder
     from clifflab.runtime.status.view import summary_line
 
-    if address is not None:
-        snapshots = _all_of_cluster(address)
-    else:
-        folders = [RunFolder(place) for place in sorted(RUNS.glob("*"))]
-        snapshots = [folder.snapshot(time.time()) for folder in folders if folder.is_one]
-    if not snapshots:
+    folders = [RunFolder(place) for place in sorted(RUNS.glob("*"))] if address is None else []
+    snapshots = [folder.snapshot(time.time()) for folder in folders if folder.is_one]
+    jobs = _jobs(address, needed=not snapshots)
+    if not snapshots and not jobs:
         where, remedy = (address or RUNS, "give a run's folder, or --address URL of a cluster")
         raise InputError("status", where, "there are no runs", remedy)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -144,14 +139,34 @@ def _list(address: str | None, as_json: bool) -> int:
             click.echo(json.dumps(snapshot))
         else:
             console.print(summary_line(snapshot), soft_wrap=True)
+    width = max((len(job["job"]) for job in jobs), default=0)
+    for job in jobs:
+        line = f"{shorten(job['job'], 100):<{width}}  {job['state']:<8}  {shorten(job['out'], 200)}".rstrip()
+        click.echo(json.dumps(job) if as_json else line)
     return 0
 
 
-def _all_of_cluster(address: str) -> list[dict[str, Any]]:
-    from clifflab.runtime.submit.client import connect, last_status
+def _jobs(address: str | None, *, needed: bool) -> list[dict[str, Any]]:
+    """What a cluster knows of its jobs, without asking for their logs; none where no cluster is named."""
+    from clifflab.runtime.status import state_of
 
-    cluster = connect(address)
-    return [_of_job(job, last_status(cluster, job)) for job in cluster.jobs()]
+    where = address or os.environ.get(CLUSTER)
+    if not where:
+        return []
+    from clifflab.runtime.submit.client import connect
+
+    try:
+        found = connect(address).jobs()
+    except ClifflabError as error:
+        if needed or address is not None:
+            raise
+        click.echo(f"clifflab: the jobs of the cluster are not shown: {error}", err=True)
+        return []
+    names = ("name", "kind", "out", "started", "ended")
+    return [
+        {"job": job.id, "state": state_of(job.status, job.exit_code), **{name: getattr(job, name) for name in names}}
+        for job in found
+    ]
 
 
 def _audit(folder: RunFolder | None, run: str | None, as_json: bool) -> int:

@@ -162,7 +162,7 @@ def _ray(start: bool) -> Finding:
         return Finding("ray", "problem", f"{version} does not start ({shorten(error)})", remedy)
     finally:
         if own:
-            ray.shutdown()
+            local.stop_ray()
     seconds = time.perf_counter() - began
     return Finding("ray", "ok", f"{version} started on 127.0.0.1 and ran a task (pid {other}) in {seconds:.0f} s")
 

@@ -94,7 +94,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-    except ValueError:  # a UnicodeDecodeError is one
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
         return None
     return event if isinstance(event, dict) else None
 

@@ -18,7 +18,7 @@ from clifflab.models.fit import gpus_needed
 from clifflab.runtime.actor import WATCH, Place, StudyActor
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.gangs import Gangs
-from clifflab.runtime.local import start_ray
+from clifflab.runtime.local import start_ray, stop_ray
 from clifflab.runtime.nodes import gpu_memory_mb as gpu_memory
 from clifflab.runtime.progress import Reporter
 from clifflab.runtime.queues import Task
@@ -129,7 +129,7 @@ class Fleet:
                 remove_placement_group(seat.group)
         finally:
             if self._started:
-                self._ray.shutdown()
+                stop_ray()
 
     # -- who does what ---------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import Any
 from clifflab.artifacts import read_json, write_json
 from clifflab.config import RuntimeConfig
 from clifflab.errors import ClifflabError, InputError, WorkerError, shorten
-from clifflab.runtime.local import start_ray
+from clifflab.runtime.local import start_ray, stop_ray
 from clifflab.tuning.group import FirstWorkerError, Group, WriteFolder, writing
 from clifflab.tuning.loop import Listen, NonFiniteLossError
 
@@ -86,7 +86,7 @@ def run_gang(
         _fit(body, gang, wanted, bool(gpus), post, listen)
     finally:
         if started:
-            ray.shutdown()
+            stop_ray()
     result: dict[str, Any] = read_json(post.result)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,11 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clifflab.artifacts import HashCache, read_parquet, remove, write_atomic, write_parquet
+from clifflab.artifacts import HashCache, read_parquet, refuse_links, remove, write_atomic, write_parquet
+from clifflab.errors import ClifflabError, shorten
 from clifflab.models.loading import absolute, load_renderer, model_identity, resolve_spec
 from clifflab.models.sizes import model_sizes
 from clifflab.runtime.events import EventLog
 from clifflab.runtime.progress import Counted
+from clifflab.runtime.status import Watcher, tell_whole
 from clifflab.scoring.commit import Receipt, clear_work, committed, finish
 from clifflab.scoring.ids import find_duplicates
 from clifflab.scoring.job import ATTEMPTS, BLOCKS, DUPLICATES, EVENTS, HASHES, INDEX, Folder, Job
@@ -75,6 +78,7 @@ def score(job: Job, place: Path, pool: Callable[[], Pool], progress: Counted, *,
     sources = find_sources(job.input)
     probes = load_probes(job.probes, job.settings.probes)
     with folder.lock():
+        refuse_links(folder.root)
         hashes = HashCache(folder.work(HASHES))
         model, template = model_identity(job.model, hashes), load_renderer(job.model).template_hash
         sizes = model_sizes(job.model)
@@ -85,6 +89,7 @@ def score(job: Job, place: Path, pool: Callable[[], Pool], progress: Counted, *,
         if manifest is not None:
             folder.take(job, identity, anew=False)
             clear_work(folder)
+            tell_whole(place.name)
             return Finished(place, manifest, again=True)
         carrier = pool()
         layout = _kept_layout(folder) if mine else None
@@ -95,8 +100,10 @@ def score(job: Job, place: Path, pool: Callable[[], Pool], progress: Counted, *,
         fingerprint = folder.take(job, identity, anew=not mine)
         hashes.save()
         layout.keep(folder)
-        _work(folder, fingerprint, corpus, layout.blocks, carrier, progress)
-        return Finished(place, finish(folder, fingerprint, layout.blocks, identity, len(probes)), again=False)
+        with _watched(folder) as events:
+            _work(folder, fingerprint, corpus, layout.blocks, carrier, progress, events)
+            manifest = finish(folder, fingerprint, layout.blocks, identity, len(probes))
+        return Finished(place, manifest, again=False)
 
 
 def _settled(job: Job) -> Job:
@@ -164,8 +171,29 @@ def _save(path: Path, rows: Any) -> None:
         np.save(handle, rows)
 
 
+@contextmanager
+def _watched(folder: Folder) -> Iterator[EventLog]:
+    """The job's event log, and with it its ``status.json`` and status lines; a failure is the last that they tell."""
+    watcher = Watcher(folder.root, folder.root.name)
+    events = EventLog(folder.root / EVENTS, [watcher.add])
+    try:
+        yield events
+    except Exception as error:
+        with suppress(ClifflabError):  # a full disk takes no word of it
+            events.write("failed", error=shorten(str(error), 400))
+        raise
+    finally:
+        watcher.close()
+
+
 def _work(
-    folder: Folder, fingerprint: str, corpus: Corpus, blocks: Sequence[Block], pool: Pool, progress: Counted
+    folder: Folder,
+    fingerprint: str,
+    corpus: Corpus,
+    blocks: Sequence[Block],
+    pool: Pool,
+    progress: Counted,
+    events: EventLog,
 ) -> None:
     """Do the blocks that have no receipt."""
     progress.begin(sum(block.rows for block in blocks))
@@ -176,11 +204,11 @@ def _work(
             wanted.add(block.number)
         else:
             progress.add(receipt)
-    events = EventLog(folder.root / EVENTS)
     # Attempts count within a run: what kept failing may succeed with other settings, or more memory.
     events.write("start", blocks=len(blocks), done=len(blocks) - len(wanted), begun=_attempts(folder))
     remove(folder.work(ATTEMPTS))
     if not wanted:
+        events.write("end", begun=0)
         return
     units = [[block for block in unit if block.number in wanted] for unit in units_of(corpus.sources, blocks)]
     progress.work()

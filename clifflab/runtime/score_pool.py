@@ -74,9 +74,9 @@ class RayPool:
 
     def __exit__(self, *_: object) -> None:
         if self._started:
-            import ray
+            from clifflab.runtime.local import stop_ray
 
-            ray.shutdown()
+            stop_ray()
 
     def start(self) -> RayPool:
         """Join or start Ray, unless it is ready."""

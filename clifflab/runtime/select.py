@@ -36,9 +36,9 @@ class RayReader:
 
     def __exit__(self, *_: object) -> None:
         if self._started:
-            import ray
+            from clifflab.runtime.local import stop_ray
 
-            ray.shutdown()
+            stop_ray()
 
     def __call__(self, files: Sequence[str], columns: Sequence[str], reduce: Callable[[pa.Table], T]) -> Iterator[T]:
         """What ``reduce`` makes of each batch, in any order."""

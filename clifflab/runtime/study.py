@@ -100,8 +100,8 @@ def run(
         failures += unseen
         study = on_gpus(study, given) if memory else study
     store = open_store(place, study.name)
-    refuse_links(store.root)
     with store.lock():
+        refuse_links(store.root)
         store.pull()
         run = _Run(study, store, place, kind, reporter, memory)
         try:

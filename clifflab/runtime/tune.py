@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clifflab.artifacts import code_version, file_hash, fingerprint, locked, package_versions
+from clifflab.artifacts import code_version, file_hash, fingerprint, locked, package_versions, refuse_links
 from clifflab.config import ModelSpec, RuntimeConfig, TuneConfig
 from clifflab.data.files import check_source, source_hash
 from clifflab.models.loading import absolute, fetch, load, load_renderer, model_identity, resolve_spec
+from clifflab.runtime.events import Listener
 from clifflab.runtime.progress import Reporter, Silent
+from clifflab.runtime.status import Watcher, tell_whole
 from clifflab.tuning.group import Alone, Group
 from clifflab.tuning.loop import Listen
 from clifflab.tuning.run import Order, check_finished, recipe, tune
@@ -67,24 +70,31 @@ def fit(
     order = _order(spec, data, out, settings, seed)
     if (figures := check_finished(out, order.fingerprint)) is not None:
         reporter.note("everything is whole already: nothing to compute")
+        tell_whole(out.name)
         return figures
     with locked(out):
+        refuse_links(out)
         fetch(spec, reporter.note)
         load_renderer(spec)  # what is wrong with its thinking format shows here, before any worker starts
         place = out / ".work" / order.fingerprint[:16]
         for other in (out / ".work").glob("*"):
             if other != place:
                 shutil.rmtree(other)
-        progress = Progress(reporter, spec.name)
+        watcher = Watcher(out, out.name)
+        progress = Progress(reporter, spec.name, watcher.add)
         body = _Body(spec, order)
         try:
             if runtime == "inline":
                 figures = body(Alone(place / "alone"), progress)
             else:
                 figures = over_ray(body, place, settings, ray or RuntimeConfig(), progress, note=reporter.note)
+            progress.close()
+        except Exception as error:
+            progress.fail(error)
+            raise
         finally:
             reporter.abort()
-        progress.close()
+            watcher.close()
         shutil.rmtree(out / ".work", ignore_errors=True)
     return figures
 
@@ -131,31 +141,37 @@ def _order(spec: ModelSpec, data: str, out: Path, settings: TuneConfig, seed: in
 
 
 class Progress:
-    """Turns what a training tells into a bar, and into a line of text where it is tried again.
+    """Turns what a training tells into a bar, into events, and into a line of text where it is tried again.
 
     Args:
         reporter: Who shows it.
         name: The model's name.
+        listener: Told of it in the events of a run with one step, whose units are the optimizer's steps.
     """
 
-    def __init__(self, reporter: Reporter, name: str) -> None:
+    def __init__(self, reporter: Reporter, name: str, listener: Listener | None = None) -> None:
         self._reporter, self._title, self._started = reporter, f"tune {name}", False
-        self._step = 0
+        self._listener, self._step, self._last = listener, 0, time.time()
 
     def __call__(self, kind: str, entry: dict[str, Any]) -> None:
         """One message of the first worker."""
         if kind == "start":
             if self._started:
                 self._reporter.note(f"a worker died: training goes on from step {entry['done']}")
+                self._tell("worker_lost", reason="died")
             elif entry["done"]:
                 self._reporter.note(f"training goes on from step {entry['done']}")
             if not self._started:
                 self._reporter.start(self._title, entry["steps"], entry["done"])
                 self._step = entry["done"]
-            self._started = True
+                self._tell("run_start", steps=1)
+                self._tell("step_start", units=entry["steps"], missing=entry["steps"] - entry["done"])
+            self._started, self._last = True, time.time()
         elif kind == "step" and entry["step"] > self._step:  # steps may be done again after a failure
             self._step = entry["step"]
             self._reporter.advance(self._title)
+            seconds, self._last = max(0.0, time.time() - self._last), time.time()
+            self._tell("unit", unit=str(entry["step"]), seconds=seconds, tokens=entry["tokens"])
         elif kind == "validation":
             self._reporter.note(f"epoch {entry['epoch']}: held-out loss {entry['loss']:.4f}")
 
@@ -163,3 +179,13 @@ class Progress:
         """It ended well."""
         if self._started:
             self._reporter.finish(self._title)
+        self._tell("step_done")
+        self._tell("run_done", state="done")
+
+    def fail(self, error: Exception) -> None:
+        """It ended by an error."""
+        self._tell("run_done", state="failed", error=str(error))
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self._listener is not None:
+            self._listener({"time": time.time(), "event": event, "step": "tune", "model": None, **fields})

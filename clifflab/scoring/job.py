@@ -28,8 +28,8 @@ SCORES, REJECTS, TRACES, RECEIPTS, WORK = "scores", "rejects", "traces", "receip
 DUPLICATES = "duplicates.npy"  # rows whose id came before
 # In the folder .work: of sources, how often each block was begun, hashes of checkpoints.
 INDEX, ATTEMPTS, HASHES = "index", "attempts", "hashes.json"
-LOCK = ".lock"
-_OURS = (MANIFEST, PARTS, SCORES, REJECTS, TRACES, RECEIPTS, WORK, BLOCKS, DUPLICATES, EVENTS, JOB, LOCK)
+LOCK, STATUS = ".lock", "status.json"
+_OURS = (MANIFEST, PARTS, SCORES, REJECTS, TRACES, RECEIPTS, WORK, BLOCKS, DUPLICATES, EVENTS, STATUS, JOB, LOCK)
 # What a part of the identity is called in the refusal of a folder.
 _WORDS = {
     "model": "another model",

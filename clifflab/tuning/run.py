@@ -218,7 +218,7 @@ def check_finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
         raise OutputError("--out", out, "is a file", "choose a new or empty folder")
     figures = read_json(out / FIGURES)
     if figures is None:
-        ours = {".work", ".lock", BROKEN, "adapter", "model"}
+        ours = {".work", ".lock", "status.json", BROKEN, "adapter", "model"}
         found = list(out.iterdir()) if out.is_dir() else []
         others = [path.name for path in found if path.name not in ours and not path.match(".*.tmp")]
         if others:

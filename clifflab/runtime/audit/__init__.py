@@ -12,6 +12,7 @@ from clifflab.errors import shorten
 from clifflab.runtime.audit.idle import Gap, SlotUse, slot_uses
 from clifflab.runtime.audit.slots import WORK, Event
 from clifflab.runtime.audit.times import load_times, times_by_step
+from clifflab.runtime.status.steps import short_node
 
 INLINE = "inline"
 _SLOWEST = 10
@@ -71,13 +72,14 @@ class Audit:
         found = [f"{_name(w)} was done in the driver's process" for w in self.in_driver]
         found += [f"worker {w['worker']} was given {_ids(w['given'])} and saw {w['saw']}" for w in self.wrong_gpus]
         found += [
-            f"workers {' and '.join(w['workers'])} shared GPU {w['gpu']} of node {w['node']}" for w in self.shared_gpus
+            f"workers {' and '.join(w['workers'])} shared GPU {w['gpu']} of node {short_node(w['node'])}"
+            for w in self.shared_gpus
         ]
         found += [f"worker {w['worker']} loaded {w['model']} {w['times']} times" for w in self.loaded_again]
         found += [f"{_name(w)} was done {w['times']} times: {w['why']}" for w in self.twice if w["why"] == _DONE_AGAIN]
         if idle_bound is not None:
             found += [
-                f"{place(gap.gpu)} of node {gap.node} stood idle for {gap.seconds:.1f} s while units waited"
+                f"{place(gap.gpu)} of node {short_node(gap.node)} stood idle for {gap.seconds:.1f} s while units waited"
                 for gap in self.gaps
                 if gap.seconds > idle_bound
             ]

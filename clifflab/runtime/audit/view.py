@@ -13,6 +13,7 @@ from rich.text import Text
 from clifflab.errors import shorten
 from clifflab.runtime.audit import Audit, place
 from clifflab.runtime.audit.idle import Gap
+from clifflab.runtime.status.steps import short_node
 from clifflab.runtime.status.view import duration
 
 _MOST = 10
@@ -71,7 +72,7 @@ def _slots(found: Audit) -> Table:
         longest = _seconds(slot.gaps[0].seconds) if slot.gaps else "-"
         worked = (_seconds(slot.there_s), _seconds(slot.work_s), share, _seconds(slot.busy_s - slot.work_s))
         times = (*worked, _seconds(slot.idle_s), longest)
-        table.add_row(Text(shorten(slot.node, 14)), Text(shorten(place(slot.gpu), 12)), *times)
+        table.add_row(Text(short_node(slot.node)), Text(shorten(place(slot.gpu), 12)), *times)
     if len(found.slots) > 3 * _MOST:
         table.add_row(f"and {len(found.slots) - 3 * _MOST} more")
     return table
@@ -80,7 +81,7 @@ def _slots(found: Audit) -> Table:
 def _gap(gap: Gap, found: Audit) -> Iterable[str]:
     began = gap.began - min(run["began"] for run in found.runs)
     waiting = ", ".join(f"{count} of {name}" for name, count in list(gap.waiting.items())[:3])
-    idle = f"{place(gap.gpu)} of {gap.node[:11]} stood idle for {_seconds(gap.seconds)}"
+    idle = f"{place(gap.gpu)} of {short_node(gap.node)} stood idle for {_seconds(gap.seconds)}"
     yield shorten(f"{idle}, from {began:.1f} s on, after {gap.before}, until {gap.after}; waiting: {waiting}", 200)
 
 

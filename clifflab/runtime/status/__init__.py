@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clifflab.artifacts import read_json, write_json
-from clifflab.errors import ClifflabError, shorten
+from clifflab.errors import ClifflabError
 from clifflab.runtime.events import EventReader
+from clifflab.runtime.status.jobs import of_job as of_job
+from clifflab.runtime.status.jobs import read_log as read_log
+from clifflab.runtime.status.jobs import state_of as state_of
+from clifflab.runtime.status.lines import LINES as LINES
+from clifflab.runtime.status.lines import PREFIX as PREFIX
+from clifflab.runtime.status.lines import lines_wanted, print_line
+from clifflab.runtime.status.lines import parse_line as parse_line
+from clifflab.runtime.status.lines import status_line as status_line
+from clifflab.runtime.status.lines import tell_whole as tell_whole
+from clifflab.runtime.status.shape import as_snapshot
 from clifflab.runtime.status.state import RunState
-from clifflab.runtime.status.steps import DONE, FAILED, PARTIAL, RUNNING, STOPPED, WAITING
+from clifflab.runtime.status.steps import RUNNING, STOPPED
 from clifflab.runtime.status.view import render as render
 
 if TYPE_CHECKING:
     from clifflab.runtime.storage import Store
 
-PREFIX = "::clifflab-status:: "  # marks a status line among whatever else a job prints
-LINES = "CLIFFLAB_STATUS_LINES"
 STATUS, EVENTS, LOCK = "status.json", "events.jsonl", ".lock"
 
 _WRITE_EVERY = 5.0  # seconds between two writes of status.json
 _LINE_EVERY, _LINE_EVERY_LATER, _FIRST = 10.0, 60.0, 3600.0  # between two lines: in the first hour, and after it
-_MOST_STEPS = 60
-_UNTRAINED, _PARTIAL = 3, 4  # exit codes of a run
 
 
 def write_status(root: Path, snapshot: Mapping[str, Any]) -> None:
@@ -39,54 +42,6 @@ def write_status(root: Path, snapshot: Mapping[str, Any]) -> None:
         OutputError: The disk is full or the folder cannot be written.
     """
     write_json(root / STATUS, snapshot)
-
-
-def status_line(snapshot: Mapping[str, Any]) -> str:
-    """One line for a job's log: the snapshot without what grows with the number of steps and workers.
-
-    Steps that are done are told by their models' sums.
-    """
-    steps = [step for step in snapshot["steps"] if step["state"] != "done"][:_MOST_STEPS]
-    workers = {key: value for key, value in snapshot["workers"].items() if key != "list"}
-    return PREFIX + json.dumps({**snapshot, "steps": steps, "workers": {**workers, "list": []}}, allow_nan=False)
-
-
-def parse_line(line: str) -> dict[str, Any] | None:
-    """The snapshot of a status line; ``None`` for any other line, or one cut short.
-
-    The line may stand behind what a log puts in front of it.
-    """
-    _, mark, text = line.partition(PREFIX)
-    if not mark:
-        return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and {"study", "state"} <= found.keys() else None
-
-
-def of_job(
-    told: Mapping[str, Any] | None, name: str, status: str, exit_code: int | None = None, message: str = ""
-) -> dict[str, Any]:
-    """Where a submitted run stands: what its driver told last, and how its job ended.
-
-    Args:
-        told: The last status line; ``None`` before the first.
-        name: What the job is called.
-        status: The job's, in Ray's words: pending, running, stopped, succeeded, failed.
-        exit_code: Of its driver, once it ended.
-        message: What Ray says of it.
-    """
-    found = {**(told or RunState(name).snapshot(0.0)), "job": name}
-    ended = {"pending": WAITING, "stopped": STOPPED, "succeeded": DONE, "failed": FAILED}.get(status)
-    if ended == FAILED and exit_code in (_PARTIAL, _UNTRAINED):
-        ended = PARTIAL if exit_code == _PARTIAL else DONE
-    if ended and found["state"] in (RUNNING, WAITING):
-        found["state"] = ended
-        if ended == FAILED and not found.get("error"):
-            found["error"] = shorten(message, 300) or None
-    return found
 
 
 class Watcher:
@@ -101,7 +56,7 @@ class Watcher:
     def __init__(self, root: Path, study: str, clock: Callable[[], float] = time.time) -> None:
         self._root, self._clock = root, clock
         self._state = RunState(study)
-        self._lines = os.environ.get(LINES) == "1"
+        self._lines = lines_wanted()
         self._began = self._written = self._told = float("-inf")
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -110,7 +65,7 @@ class Watcher:
         now, kind = self._clock(), event.get("event")
         if kind in ("run_start", "start"):
             self._began = now
-        ends = kind in ("run_start", "start", "run_done", "end")
+        ends = kind in ("run_start", "start", "run_done", "end", "failed")
         every = _LINE_EVERY if now - self._began < _FIRST else _LINE_EVERY_LATER
         line = self._lines and (ends or now - self._told >= every)
         write = ends or now - self._written >= _WRITE_EVERY
@@ -131,8 +86,7 @@ class Watcher:
                 write_status(self._root, snapshot)
         if line:
             self._told = now
-            sys.stdout.write(status_line(snapshot) + "\n")
-            sys.stdout.flush()
+            print_line(snapshot)
 
 
 class RunFolder:
@@ -177,19 +131,19 @@ class RunFolder:
         self._pull()
         for event in self._reader.new():
             self._state.add(event)
-        found = self._state.snapshot(now, alive=self._held())
-        if found["started"]:
-            return found
-        told = read_json(self.root / STATUS)
-        return told if isinstance(told, dict) and {"study", "state"} <= told.keys() else found
+        found = self._state.snapshot(now)
+        if not found["started"]:
+            found = as_snapshot(read_json(self.root / STATUS)) or found
+            return found if self._held(found["state"]) else {**found, "state": STOPPED}
+        return found if self._held(found["state"]) else self._state.snapshot(now, alive=False)
 
     def _pull(self) -> None:
         if self._store is not None:
             self._store.pull([self.root / EVENTS, self.root / STATUS])
 
-    def _held(self) -> bool:
-        """Whether somebody holds the folder's lock; where that cannot be known, the log is believed."""
-        if self._store is not None or self._state.snapshot(0.0)["state"] != RUNNING:
+    def _held(self, state: str) -> bool:
+        """Whether somebody holds the folder's lock; where that cannot be known, what was told is believed."""
+        if self._store is not None or state != RUNNING:
             return True  # it said how it ended: no need to touch the lock
         try:
             with (self.root / LOCK).open() as handle:

@@ -21,6 +21,7 @@ from clifflab.runtime.status.steps import (
     Event,
     Pair,
     StepState,
+    as_study,
     count_of,
     is_hang,
     pair_of,
@@ -49,7 +50,7 @@ class RunState:
 
     def add(self, event: Event) -> None:
         """Take one event in; one that is unknown, or lacks what it should have, changes nothing but the time."""
-        for part in _as_study(event):
+        for part in as_study(event):
             take = getattr(self, f"_on_{part.get('event')}", None)
             if isinstance(time := part.get("time"), int | float):
                 self._updated = max(self._updated, float(time))
@@ -153,6 +154,8 @@ class RunState:
         step.seconds, step.timed = step.seconds + seconds, step.timed + 1
         rows, tokens = count_of(event, "rows"), count_of(event, "tokens")
         step.rows, step.tokens = step.rows + rows, step.tokens + tokens
+        if scorer := event.get("scorer"):
+            self._scorers[str(scorer)] = self._updated
         self._recent.append((self._updated, rows, tokens))
         while self._recent and self._updated - self._recent[0][0] > _LONG_WINDOW:
             self._recent.popleft()
@@ -206,6 +209,7 @@ class RunState:
         self._workers: dict[str, dict[str, Any]] = {}
         self._ended_workers: set[str] = set()
         self._busy_models: set[str] = set()
+        self._scorers: dict[str, float] = {}  # of a scoring job: when each was last heard of
         self._recent: deque[tuple[float, int, int]] = deque()
         self._lost = {"lost": 0, "hung": 0, "retried": 0}
         self._places = self._gpus = 0
@@ -273,7 +277,8 @@ class RunState:
         to_come = max(0, (self._total or 0) - len(self._steps))
         if self._plan:  # steps of failed models will not come
             to_come = sum(pair not in self._steps and pair[1] not in self._dropped for pair in self._plan)
-        seconds, untimed = time_left(self._steps, len(self._workers) or self._places)
+        scorers = sum(self._updated - heard <= _LONG_WINDOW for heard in self._scorers.values())
+        seconds, untimed = time_left(self._steps, len(self._workers) or self._places or scorers)
         return seconds, to_come + untimed
 
     def _worker_entry(self, state: str) -> dict[str, Any]:
@@ -283,18 +288,3 @@ class RunState:
         without = sum(entry["kind"] == "cpu" for entry in entries)
         places = {"places": self._places, "gpus": self._gpus, "nodes": len(nodes)}
         return {"now": len(entries), "without_gpu": without, **places, "list": entries}
-
-
-def _as_study(event: Event) -> list[Event]:
-    """Events of a scoring job as those of a study with one step."""
-    time, kind = event.get("time"), event.get("event")
-    about = {"time": time, "step": "score", "model": None}
-    if kind == "start":
-        units, done = count_of(event, "blocks"), count_of(event, "done")
-        begun = {**about, "event": "step_start", "units": units, "missing": units - done}
-        return [{"time": time, "event": "run_start", "steps": 1}, begun]
-    if kind == "block":
-        return [{**event, **about, "event": "unit", "unit": str(event.get("block")), "rows": event.get("read")}]
-    if kind == "end":
-        return [{**about, "event": "step_done"}, {"time": time, "event": "run_done"}]
-    return [event]

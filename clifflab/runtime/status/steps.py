@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clifflab.errors import one_line
+
 RUNNING, DONE, PARTIAL, FAILED, STOPPED = "running", "done", "partial", "failed", "stopped"
 WAITING, UNFINISHED = "waiting", "unfinished"
 
@@ -98,6 +100,11 @@ def seconds_of(event: Event) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
+def short_node(node: object) -> str:
+    """The first characters of a node's id, which tell the nodes of one cluster apart."""
+    return one_line(str(node))[:8]
+
+
 def sums(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Units, rows, tokens and busy seconds of several entries of a snapshot."""
     units = {key: sum(entry["units"][key] for entry in entries) for key in ("total", "done", "failed", "queued")}
@@ -108,3 +115,22 @@ def sums(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def rounded(value: float) -> float:
     """Seconds to the tenth."""
     return round(value, 1)
+
+
+def as_study(event: Event) -> list[Event]:
+    """Events of a scoring job as those of a study with one step."""
+    time, kind = event.get("time"), event.get("event")
+    about = {"time": time, "step": "score", "model": None}
+    if kind == "start":
+        units, done = count_of(event, "blocks"), count_of(event, "done")
+        begun = {**about, "event": "step_start", "units": units, "missing": units - done}
+        return [{"time": time, "event": "run_start", "steps": 1}, begun]
+    if kind == "block":
+        scorer = f"{event.get('node')} {event.get('pid')}"
+        unit = {"event": "unit", "unit": str(event.get("block")), "rows": event.get("read"), "scorer": scorer}
+        return [{**event, **about, **unit}]
+    if kind == "end":
+        return [{**about, "event": "step_done"}, {"time": time, "event": "run_done"}]
+    if kind == "failed":
+        return [{**event, "event": "run_done", "state": FAILED}]
+    return [event]

@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from clifflab.errors import shorten
+from clifflab.runtime.status.steps import short_node
 
 _STYLES = {"running": "cyan", "done": "green", "partial": "yellow", "failed": "red", "stopped": "yellow"}
 _SILENT = 120.0  # seconds without an event that a reader is told of
 _MOST_ROWS, _MOST_WORKERS = 20, 8
 _UNITS = ("done", "total")
+_ENDS = ("done", "partial", "failed", "stopped")
 
 
 def render(snapshot: Mapping[str, Any]) -> Group:
@@ -42,7 +44,7 @@ def summary_line(snapshot: Mapping[str, Any]) -> Text:
     line.append(f"  {_stands(snapshot)}")
     if units["failed"]:
         line.append(f", {units['failed']:,} failed")
-    if snapshot["state"] == "running":
+    if snapshot["state"] == "running" and snapshot.get("told", True):
         line.append(f", time left: {_left(snapshot)}")
     return line
 
@@ -85,15 +87,18 @@ def _facts(snapshot: Mapping[str, Any]) -> list[Text]:
     lately = f"last {duration(speed['window_s'])}" if snapshot["state"] == "running" else "the whole run"
     rates = [f"{_rate(speed[f'{name}_per_s'])} {name}/s" for name in ("units", "rows", "tokens")]
     facts = {"time": duration(snapshot["elapsed_s"]), "speed": f"{', '.join(rates)} ({lately})"}
+    if not snapshot.get("told", True):
+        facts = {}
     silent = snapshot["started"] + snapshot["elapsed_s"] - snapshot["updated"]
-    if snapshot["state"] == "running":
+    if snapshot["state"] == "running" and facts:
         facts["left"] = _left(snapshot)
         nodes = f" on {workers['nodes']} node{'s' if workers['nodes'] != 1 else ''}" if workers["nodes"] else ""
         beside = workers.get("without_gpu", 0)
         places = f" of {workers['places']} places" if workers["places"] else ""
         more = f", and {beside} without a GPU" if beside else ""
         inline = snapshot["runtime"] == "inline"
-        facts["workers"] = "the run's own process" if inline else f"{workers['now'] - beside}{places}{nodes}{more}"
+        if inline or workers["now"] or workers["places"]:  # a scoring job tells of none
+            facts["workers"] = "the run's own process" if inline else f"{workers['now'] - beside}{places}{nodes}{more}"
         if silent > _SILENT:
             facts["silent"] = f"nothing heard for {duration(silent)}"
     if snapshot["state"] == "stopped":
@@ -150,7 +155,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> Iterable[Text]:
         if others:
             names = f" ({', '.join(loaded[:_MOST_WORKERS])})" if loaded else ""
             held.append(f"{len(others)} without a GPU{names}")
-        yield Text(shorten(f"node {node[:12]}: {'; '.join(held)}", 300))
+        yield Text(shorten(f"node {short_node(node)}: {'; '.join(held)}", 300))
     if len(nodes) > _MOST_ROWS:
         yield Text(f"and {len(nodes) - _MOST_ROWS} more nodes")
 
@@ -190,6 +195,8 @@ def _of(units: Mapping[str, int]) -> str:
 
 def _stands(snapshot: Mapping[str, Any]) -> str:
     progress = snapshot["progress"]
+    if not snapshot.get("told", True):
+        return "nothing was told of its progress" + ("" if snapshot["state"] in _ENDS else " yet")
     if snapshot["state"] == "done" and not progress["total"]:
         return "everything was there already"
     return f"{progress['done']} of {progress['total']} steps, {_of(snapshot['units'])} units"
