@@ -163,6 +163,21 @@ def test_a_lost_unit_waits_and_is_done_again_up_to_the_cap(make: Any, tmp_path: 
     assert [entry["model"] for entry in log(tmp_path, "model_failed")] == ["a"]
 
 
+def test_what_fails_in_one_place_alone_is_no_poison(make: Any) -> None:
+    """A broken GPU fails whatever is tried on it: that many tries count only where they were in several places."""
+    schedule = make()
+    do_all(schedule, unless=lambda task: task.job.step == "traces")
+    task = schedule.waiting(0.0)[0]
+    task.places = 4
+    for place in ("bad", "bad", "bad", "bad", "other", "third"):
+        assert not schedule.failures
+        assert task in schedule.waiting(1e9)
+        schedule.take(task)
+        task.tried.add(place)
+        schedule.again(task, RuntimeError("CUDA error"))
+    assert schedule.failures
+
+
 def test_a_users_error_ends_the_model_and_no_other(make: Any, tmp_path: Path) -> None:
     schedule = make()
     do_all(schedule, unless=lambda task: task.job.step == "traces")

@@ -30,7 +30,7 @@ from clifflab.stages import Identities
 _TICK = 0.25
 _START_SECONDS = 180.0  # for a worker to come up where there is a free place
 _STACK_SECONDS = 2.0
-_STRIKES, _PARK, _LONGEST_PARK = 3, 60.0, 3600.0  # failures in a row after which a GPU is left alone, and how long
+_PARK, _LONGEST_PARK = 10.0, 3600.0  # seconds for which a GPU is left alone after a failure; doubled each time in a row
 
 
 class Fleet:
@@ -67,7 +67,7 @@ class Fleet:
         self._gpu_memory_mb = gpu_memory_mb or (gpu_memory() if self._nodes.gpus else None)
         self._seats: list[Seat] = []
         self._strikes: dict[str, int] = {}  # failures in a row, by place
-        self._load_losses: dict[str, int] = {}  # workers that died while they loaded a model
+        self._load_losses: dict[str, list[str]] = {}  # places where workers died while they loaded a model
         self._parked: list[tuple[float, Seat]] = []
         self._stuck_since: float | None = None
         self._told_of_stuck = False
@@ -81,6 +81,7 @@ class Fleet:
         self._identities = self._ray.put(identities)
         self._gangs = Gangs(study, self._root, identities)
         self._needs: dict[str, float] = {}
+        self._models = {spec.name for spec in study.models}
         self._staff = Staffing(study, self._nodes, self._seats, self._needs)
 
     @property
@@ -315,8 +316,10 @@ class Fleet:
             began = round(time.time() - (time.monotonic() - seat.since), 3)
             self._schedule.lost(task, reason, worker=seat.id, began=began, **about)
             if task.key and task.key not in seat.loaded:
-                losses = self._load_losses[task.key] = self._load_losses.get(task.key, 0) + 1
-                if losses >= self._settings.max_attempts and task.key in {spec.name for spec in self._study.models}:
+                losses = self._load_losses.setdefault(task.key, [])
+                losses.append(seat.spot)
+                wide = len(set(losses)) >= min(2, self.places)
+                if wide and len(losses) >= self._settings.max_attempts and task.key in self._models:
                     self._schedule.lost_in_load(task.key, reason)
         elif not seat.started and not node_gone:
             self._log.write("worker_lost", worker=seat.id, step=None, model=None, unit=None, attempt=0, reason=reason)
@@ -333,13 +336,15 @@ class Fleet:
             raise WorkerError(f"workers cannot be started ({shorten(reason, 200)}); look at Ray's logs, and run again")
 
     def _punish(self, seat: Seat, task: Task) -> None:
-        """A task failed in a place: it is tried elsewhere; where that happens in a row, the place rests for a while."""
+        """A task failed in a place: it is tried elsewhere, and the place rests, each time in a row for longer."""
         task.avoid.add(seat.spot)
-        if self.places > 1 and len(task.avoid) >= self.places:
-            task.avoid = {seat.spot}
+        task.tried.add(seat.spot)
+        task.places = self.places
+        if len(task.avoid) >= self.places:
+            task.avoid = {seat.spot} if self.places > 1 else set()
         strikes = self._strikes[seat.spot] = self._strikes.get(seat.spot, 0) + 1
-        if strikes >= _STRIKES and self.places > 1 and len(self._parked) < self.places - 1 and seat.gpus:
-            seconds = min(_LONGEST_PARK, _PARK * 2 ** (strikes - _STRIKES))
+        if seat.gpus and len(self._parked) < self.places - 1:
+            seconds = min(_LONGEST_PARK, _PARK * 2 ** (strikes - 1))
             self._parked.append((time.monotonic() + seconds, seat))
             self._log.write("place_parked", worker=seat.id, node=seat.node, spot=seat.spot, seconds=seconds)
 

@@ -12,6 +12,8 @@ from clifflab.runtime.work import Job
 from clifflab.stages import STEPS
 from clifflab.stages.base import GangStep, Pair
 
+_STUBBORN = 3  # times as many tries, at most, where all failures were in few places
+
 
 @dataclass(eq=False)
 class Task:
@@ -25,6 +27,8 @@ class Task:
         after: Not to be begun before; of ``time.monotonic``.
         groups: Whether workers may form groups.
         avoid: Places where it failed: it is tried elsewhere, as long as there are others.
+        tried: All places where it failed.
+        places: How many places there are for it.
     """
 
     job: Job
@@ -34,11 +38,22 @@ class Task:
     after: float = 0.0
     groups: bool = True
     avoid: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)
+    places: int = 0
 
     @property
     def pair(self) -> Pair:
         """Its step and model."""
         return self.job.step, self.job.model
+
+    def used_up(self, most: int) -> bool:
+        """Whether it was tried often enough, and in enough places: one that fails in a single one is not to blame.
+
+        Args:
+            most: Tries of a task that fails wherever it is tried.
+        """
+        elsewhere = len(self.tried) >= min(most, self.places)
+        return self.attempt >= most and (elsewhere or self.attempt >= _STUBBORN * most)
 
     @property
     def together(self) -> bool:

@@ -218,7 +218,7 @@ class Schedule:
         where = {"step": job.step, "model": job.model, "unit": job.name, "attempt": task.attempt}
         self._log.write("worker_lost", **about, **where, reason=reason)
         hung = reason.startswith("hung")
-        if task.attempt < self._settings.max_attempts:
+        if not task.used_up(self._settings.max_attempts):
             what = "hung" if hung else "died"
             self._reporter.note(f"a worker {what} at {job.step} {job.name} (try {task.attempt}): done again elsewhere")
         remedy = "look for what blocks it, or raise runtime.hang_seconds" if hung else (
@@ -236,7 +236,7 @@ class Schedule:
         """A task failed in a way that may pass: it waits for its next try, up to the cap."""
         if task.pair not in self._left:  # its model was left in the meantime
             return
-        if task.attempt >= self._settings.max_attempts:
+        if task.used_up(self._settings.max_attempts):
             self._poison(task, error)
             return
         pause = min(_LONGEST_PAUSE, self._settings.backoff_seconds * 2 ** (task.attempt - 1))
