@@ -199,11 +199,12 @@ def locked(root: Path) -> Iterator[None]:
             "output", root, f"another run is writing there{who}", "wait for it, or choose another --out"
         ) from None
     try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         with suppress(OSError):  # a full disk: the lock is held all the same
-            handle.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            handle.write(f"since {since}, process {os.getpid()} on host {socket.gethostname()}")
-            handle.flush()
+            os.truncate(handle.fileno(), 0)
+            os.pwrite(
+                handle.fileno(), f"since {since}, process {os.getpid()} on host {socket.gethostname()}".encode(), 0
+            )
         yield
     finally:
         handle.close()

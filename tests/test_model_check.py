@@ -160,7 +160,7 @@ def test_what_cannot_be_loaded_is_one_line(cli: Cli, tmp_path: Path) -> None:
     weights = load_file(nan)
     weights["model.layers.1.mlp.down_proj.weight"].fill_(torch.nan)
     save_file(weights, nan, metadata={"format": "pt"})
-    one_line(cli("model", "check", "nan"), "not finite", "check the checkpoint")
+    one_line(cli("model", "check", "nan"), "not finite", "get the checkpoint again")
 
 
 def noise(loaded: LoadedModel) -> None:

@@ -69,6 +69,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert not (state / "token").exists()
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of the same process may have left a token of their own Ray in the environment."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+
+
 def processes() -> list[str]:
     return subprocess.run(["ps", "-axww", "-o", "args="], capture_output=True, text=True).stdout.splitlines()
 

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from clifflab.cli.run import UNTRAINED, find_study, given_path
+from clifflab.cli.run import PARTIAL, UNTRAINED, find_study, given_path, tell_failed
 
 
 @click.command("evaluate")
@@ -43,12 +43,15 @@ def command(
     from clifflab.cli.closing import print_evaluation
     from clifflab.comparison import comparison
     from clifflab.runtime.progress import Terminal
-    from clifflab.runtime.study import run
+    from clifflab.runtime.study import prepare, run
     from clifflab.studyfile import load_study
 
     loaded = load_study(find_study(study), overrides, given_path("--data", data) if data else None)
     pair = comparison(loaded, model, adapter=adapter, after=after)
-    result = run(pair, out, runtime=runtime, reporter=Terminal())
+    result = run(prepare(pair), out, runtime=runtime, reporter=Terminal())
+    if result.failed:
+        tell_failed(result.failed)
+        sys.exit(PARTIAL)
     tuned = pair.models[-1].name
     found = read_json(result.root / tuned / "evaluation.json")
     print_evaluation(found)

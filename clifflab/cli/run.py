@@ -58,15 +58,20 @@ def command(
     click.echo(f"\nreport   {place}/report.html\nmetrics  {place}/metrics.json")
     for warning in result.warnings:
         click.echo(f"clifflab: {warning}", err=True)
-    for failure in result.failed:
-        where = f" at {failure['step']}" if failure["step"] else ""
-        click.echo(f"clifflab: {failure['model']}: failed{where}: {failure['error']}", err=True)
     if result.failed:
+        tell_failed(result.failed)
         done, total = len(loaded.models) - len(result.failed), len(loaded.models)
         click.echo(f"clifflab: partial: {done} of {total} models are done; the same command tries the rest", err=True)
         sys.exit(PARTIAL)
     if result.warnings:
         sys.exit(UNTRAINED)
+
+
+def tell_failed(failed: list[dict[str, Any]]) -> None:
+    """One line for each model that failed."""
+    for failure in failed:
+        where = f" at {failure['step']}" if failure["step"] else ""
+        click.echo(f"clifflab: {failure['model']}: failed{where}: {failure['error']}", err=True)
 
 
 def at_address(settings: RuntimeConfig, address: str | None, runtime: str | None) -> RuntimeConfig:
