@@ -94,7 +94,7 @@ def compact(status: Mapping[str, Any]) -> str:
     if units.get("total"):
         failed = f", {units['failed']} failed" if units.get("failed") else ""
         parts.append(f"{units.get('done', 0)}/{units['total']} units{failed}")
-    if (left := status.get("eta_s")) is not None:
+    if (left := status.get("eta_s") or 0.0) >= 1:
         parts.append(f"{'at least' if status.get('eta_at_least') else 'about'} {duration(left)} left")
     return ", ".join(parts)
 
