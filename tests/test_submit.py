@@ -25,7 +25,7 @@ from clifflab.artifacts import locked
 from clifflab.cli import main
 from clifflab.errors import ClusterError, InputError, OutputError
 from clifflab.runtime.nodes import NodeReport, refuse_unseen, sees, sees_output
-from clifflab.runtime.status import PREFIX, status_line
+from clifflab.runtime.status import PREFIX
 from clifflab.runtime.status.state import RunState
 from clifflab.runtime.storage import open_store
 from clifflab.runtime.storage.check import left_probe, refuse_held
@@ -634,17 +634,6 @@ def test_following_ends_when_the_cluster_is_gone(
 
     with pytest.raises(ClusterError, match="does not answer any more; the job goes on"):
         follow(cluster, job, Quiet(), patience=0.3)
-
-
-def test_the_last_status_of_a_job(call: Call, study: Path, server: JobServer) -> None:
-    from clifflab.runtime.submit.client import connect, find_job, last_status
-
-    call("submit", str(study), "--no-check")
-    cluster = connect(None)
-    assert last_status(cluster, find_job(cluster, "small")) is None
-    told = RunState("small").snapshot(0.0)
-    server.of()[0].log = f'{status_line(told)}\nlast\n{PREFIX}{{"cut'
-    assert last_status(cluster, find_job(cluster, "small")) == told
 
 
 # What the nodes say.

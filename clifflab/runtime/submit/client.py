@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from clifflab.errors import ClusterError, one_line
-from clifflab.runtime.status import parse_line
 from clifflab.runtime.submit.address import Head, reach
 from clifflab.runtime.submit.ids import JobView, pick
 from clifflab.runtime.submit.wire import Wire, job_path
@@ -124,12 +123,6 @@ def find_job(client: Cluster, name: str, *, alone: bool = False) -> JobView:
         ClusterError: There is none, or there are several.
     """
     return pick(client.jobs(), name, alone=alone)
-
-
-def last_status(client: Cluster, job: JobView) -> dict[str, Any] | None:
-    """The last status that a job's driver printed; None before its first."""
-    lines = reversed(client.log(job.id).splitlines())
-    return next((found for line in lines if (found := parse_line(line)) is not None), None)
 
 
 def view_of(job: object) -> JobView | None:
