@@ -91,6 +91,12 @@ def log(tmp_path: Path, event: str) -> list[dict[str, Any]]:
     return [entry for entry in found if entry["event"] == event]
 
 
+def waiting(schedule: Schedule, now: float) -> list[Task]:
+    """Everything that may begin, the earliest step first."""
+    schedule.queues.settle(now)
+    return list(schedule.queues)
+
+
 def names(tasks: list[Task]) -> list[str]:
     return [f"{task.job.step}/{task.job.model}/{task.job.name}" for task in tasks]
 
@@ -103,7 +109,7 @@ def do(schedule: Schedule, task: Task, error: ClifflabError | None = None) -> No
 
 def do_all(schedule: Schedule, now: float = 0.0, unless: Any = lambda task: False) -> list[str]:
     done = []
-    while left := [task for task in schedule.waiting(now) if not unless(task)]:
+    while left := [task for task in waiting(schedule, now) if not unless(task)]:
         done += names(left[:1])
         do(schedule, left[0])
     return done
@@ -112,12 +118,12 @@ def do_all(schedule: Schedule, now: float = 0.0, unless: Any = lambda task: Fals
 def test_models_wait_for_their_own_steps_alone(make: Any) -> None:
     files = Files()
     schedule = make(files)
-    assert names(schedule.waiting(0.0)) == ["prompts/None/0"]
-    do(schedule, schedule.waiting(0.0)[0])
-    assert names(schedule.waiting(0.0)) == ["prompts/None/merge"]
-    do(schedule, schedule.waiting(0.0)[0])
-    assert names(schedule.waiting(0.0)) == ["traces/a/0", "traces/a/1", "traces/b/0", "traces/b/1"]
-    assert [task.key for task in schedule.waiting(0.0)] == ["a", "a", "b", "b"]
+    assert names(waiting(schedule, 0.0)) == ["prompts/None/0"]
+    do(schedule, waiting(schedule, 0.0)[0])
+    assert names(waiting(schedule, 0.0)) == ["prompts/None/merge"]
+    do(schedule, waiting(schedule, 0.0)[0])
+    assert names(waiting(schedule, 0.0)) == ["traces/a/0", "traces/a/1", "traces/b/0", "traces/b/1"]
+    assert [task.key for task in waiting(schedule, 0.0)] == ["a", "a", "b", "b"]
     done = do_all(schedule, unless=lambda task: task.job.model == "a")
     assert "cliff/b/merge" in done, "b does not wait for a"
     assert "report/None/0" not in done
@@ -139,16 +145,16 @@ def test_what_is_there_is_not_done_again(make: Any) -> None:
 def test_a_lost_unit_waits_and_is_done_again_up_to_the_cap(make: Any, tmp_path: Path) -> None:
     schedule = make()
     do_all(schedule, unless=lambda task: task.job.step == "traces")
-    task = schedule.waiting(0.0)[0]
+    task = waiting(schedule, 0.0)[0]
     for attempt, pause in ((1, 8), (2, 16)):
         import time
 
         schedule.take(task)
         schedule.lost(task, "killed", worker="w")
         now = time.monotonic()
-        assert task not in schedule.waiting(now), "it waits"
+        assert task not in waiting(schedule, now), "it waits"
         assert schedule.queues.next_pause(now) == pytest.approx(pause, abs=1)
-        assert task in schedule.waiting(now + pause + 1)
+        assert task in waiting(schedule, now + pause + 1)
         assert task.attempt == attempt + 1
     schedule.take(task)
     schedule.lost(task, "killed", worker="w")
@@ -167,11 +173,11 @@ def test_what_fails_in_one_place_alone_is_no_poison(make: Any) -> None:
     """A broken GPU fails whatever is tried on it: that many tries count only where they were in several places."""
     schedule = make()
     do_all(schedule, unless=lambda task: task.job.step == "traces")
-    task = schedule.waiting(0.0)[0]
+    task = waiting(schedule, 0.0)[0]
     task.places = 4
     for place in ("bad", "bad", "bad", "bad", "other", "third"):
         assert not schedule.failures
-        assert task in schedule.waiting(1e9)
+        assert task in waiting(schedule, 1e9)
         schedule.take(task)
         task.tried.add(place)
         schedule.again(task, RuntimeError("CUDA error"))
@@ -181,11 +187,11 @@ def test_what_fails_in_one_place_alone_is_no_poison(make: Any) -> None:
 def test_a_users_error_ends_the_model_and_no_other(make: Any, tmp_path: Path) -> None:
     schedule = make()
     do_all(schedule, unless=lambda task: task.job.step == "traces")
-    first, second = schedule.waiting(0.0)[:2]
+    first, second = waiting(schedule, 0.0)[:2]
     schedule.take(second)  # under way when the first fails
     do(schedule, first, InputError("models.path", "a", "is broken", "mend it"))
     schedule.done(second, Result(second.job, dict(WHERE), 0.1))
-    assert {task.job.model for task in schedule.waiting(0.0)} == {"b"}
+    assert {task.job.model for task in waiting(schedule, 0.0)} == {"b"}
     do_all(schedule)
     assert schedule.over
     assert [(failure.model, failure.step) for failure in schedule.failures] == [("a", "traces")]
@@ -195,19 +201,19 @@ def test_a_users_error_ends_the_model_and_no_other(make: Any, tmp_path: Path) ->
 def test_bugs_and_disks_are_tried_again(make: Any) -> None:
     schedule = make()
     do_all(schedule, unless=lambda task: task.job.step == "traces")
-    task = schedule.waiting(0.0)[0]
+    task = waiting(schedule, 0.0)[0]
     for _ in range(3):
-        assert task in schedule.waiting(1e9)
+        assert task in waiting(schedule, 1e9)
         schedule.take(task)
         schedule.again(task, RuntimeError("CUDA error"))
     assert schedule.failures[0].told()["error"] == "RuntimeError: CUDA error"
-    other = next(task for task in schedule.waiting(0.0) if task.job.model == "b")
+    other = next(task for task in waiting(schedule, 0.0) if task.job.model == "b")
     full = OutputError("output", "/x", "no space left on the disk", "make space")
     for _ in range(2):
-        assert other in schedule.waiting(1e9)
+        assert other in waiting(schedule, 1e9)
         schedule.take(other)
         schedule.done(other, Result(other.job, dict(WHERE), 0.1, error=full))
-    assert other in schedule.waiting(1e9)
+    assert other in waiting(schedule, 1e9)
     schedule.take(other)
     with pytest.raises(OutputError, match="no space"):  # every model writes to that disk
         schedule.done(other, Result(other.job, dict(WHERE), 0.1, error=full))
@@ -215,7 +221,7 @@ def test_bugs_and_disks_are_tried_again(make: Any) -> None:
 
 def test_work_on_the_whole_study_ends_it(make: Any) -> None:
     schedule = make()
-    task = schedule.waiting(0.0)[0]
+    task = waiting(schedule, 0.0)[0]
     schedule.take(task)
     with pytest.raises(InputError):
         schedule.done(task, Result(task.job, dict(WHERE), 0.1, error=InputError("prompts", "p", "bad", "mend")))

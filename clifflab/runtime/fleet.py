@@ -116,7 +116,7 @@ class Fleet:
             if schedule.over and not busy:
                 return
             self._check_stuck(now, busy=bool(busy))
-            if self._wait(now):
+            if self._wait():
                 schedule.open()
 
     def close(self) -> None:
@@ -237,7 +237,7 @@ class Fleet:
 
     # -- what comes back -------------------------------------------------------------------------------------------
 
-    def _wait(self, now: float) -> bool:
+    def _wait(self) -> bool:
         """Wait for an answer, or a moment; whether something was finished."""
         refs = {seat.ref: seat for seat in self._seats if seat.ref is not None}
         if refs:

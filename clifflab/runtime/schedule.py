@@ -146,11 +146,6 @@ class Schedule:
             "ready", step=first.step, model=first.model, units=len(jobs), merge=first.unit is None, key=key, **needs
         )  # fmt: skip
 
-    def waiting(self, now: float) -> list[Task]:
-        """Everything that may begin, the earliest step first."""
-        self.queues.settle(now)
-        return list(self.queues)
-
     def take(self, task: Task) -> None:
         """A task is begun."""
         self.queues.take(task)

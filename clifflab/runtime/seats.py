@@ -133,12 +133,11 @@ class Nodes:
         """Cores of all."""
         return sum(node.cpus for node in self.alive)
 
-    def block(self, name: str, now: float) -> int:
-        """A worker did not come up on it: it is left alone for a while, each time for longer. How often that was."""
+    def block(self, name: str, now: float) -> None:
+        """A worker did not come up on it: it is left alone for a while, each time for longer."""
         node = self._nodes[name]
         node.failed += 1
         node.blocked = now + min(_LONGEST_BLOCK, _BLOCKED * 2 ** (node.failed - 1))
-        return node.failed
 
     def wait(self, name: str, now: float) -> None:
         """A place on it did not come: others hold it."""
